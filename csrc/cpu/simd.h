@@ -1,0 +1,91 @@
+// What CPU kernels share: run-time choice of instruction set, vectorisable maths, bfloat16.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// a function so marked is compiled once for each instruction set and chosen when the module loads
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define FASTXM_MULTIARCH \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FASTXM_MULTIARCH
+#endif
+
+// helpers are inlined into each version, so that they are vectorised with it
+#define FASTXM_INLINE inline __attribute__((always_inline))
+
+namespace fastxm {
+
+inline const char* cpu_level() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return "avx512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+  return "x86-64";
+#else
+  return "portable";
+#endif
+}
+
+// a pointer that arrived from Python as an integer
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct bfloat16 {
+  std::uint16_t bits;
+};
+
+FASTXM_INLINE float to_float(float x) { return x; }
+FASTXM_INLINE double to_float(double x) { return x; }
+FASTXM_INLINE float to_float(bfloat16 x) {
+  std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+FASTXM_INLINE void from_float(float x, float& y) { y = x; }
+FASTXM_INLINE void from_float(double x, double& y) { y = x; }
+FASTXM_INLINE void from_float(float x, bfloat16& y) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  // round to nearest even; a NaN stays one
+  std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  y.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+
+// e^x to 1 ulp or so, in straight-line code that vectorises; 0 below -87.3, inf above 88.7, NaN kept
+FASTXM_INLINE float exp_fast(float x) {
+  float t = x < -87.33654f ? -87.33654f : (x > 88.72283f ? 88.72283f : x);
+  float n = std::nearbyint(t * 1.44269504088896341f);
+  float r = std::fma(n, -0.693145751953125f, t);
+  r = std::fma(n, -1.42860682030941723e-6f, r);
+  float p = 1.9875691500e-4f;
+  p = std::fma(p, r, 1.3981999507e-3f);
+  p = std::fma(p, r, 8.3334519073e-3f);
+  p = std::fma(p, r, 4.1665795894e-2f);
+  p = std::fma(p, r, 1.6666665459e-1f);
+  p = std::fma(p, r, 5.0000001201e-1f);
+  p = std::fma(p, r * r, r + 1.0f);
+  // 2^n in two factors, so that n = 128 does not overflow the exponent field
+  std::int32_t i = static_cast<std::int32_t>(n);
+  std::int32_t half = i >> 1;
+  std::uint32_t a = static_cast<std::uint32_t>(half + 127) << 23;
+  std::uint32_t b = static_cast<std::uint32_t>(i - half + 127) << 23;
+  float fa, fb;
+  std::memcpy(&fa, &a, 4);
+  std::memcpy(&fb, &b, 4);
+  float y = p * fa * fb;
+  y = x < -87.33654f ? 0.0f : y;
+  y = x > 88.72283f ? INFINITY : y;
+  return x != x ? x : y;
+}
+FASTXM_INLINE double exp_fast(double x) { return std::exp(x); }
+
+}  // namespace fastxm

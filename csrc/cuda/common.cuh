@@ -1,0 +1,52 @@
+// What CUDA kernels share: launch checks, conversions, block reductions in a fixed order.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace fastxm {
+
+inline void check_launch(const char* kernel) {
+  cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ double to_float(double x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
+__device__ __forceinline__ void from_float(double x, double& y) { y = x; }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16(x); }
+__device__ __forceinline__ void from_float(float x, __half& y) { y = __float2half(x); }
+
+// sum over a warp; every lane receives it
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// sum over a block of kThreads; every thread receives it. scratch: kThreads / 32 values
+template <int kThreads, class T>
+__device__ __forceinline__ T block_sum(T x, T* scratch) {
+  x = warp_sum(x);
+  if constexpr (kThreads == 32) return x;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  T total = 0;
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) total += scratch[i];
+  __syncthreads();
+  return total;
+}
+
+}  // namespace fastxm

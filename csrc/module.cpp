@@ -1,0 +1,28 @@
+// fastxm._C: every native kernel as a plain function over addresses, sizes and strides.
+// The front doors in fastxm/ops check and allocate; nothing here knows of torch.
+#include <pybind11/pybind11.h>
+
+#include "cpu/simd.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+#ifdef FASTXM_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["compiler"] = __VERSION__;
+  info["cpu"] = fastxm::cpu_level();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of fastxm.";
+  m.def("build_info", &build_info, "What was built and the instruction set used on this machine.");
+}

@@ -1,0 +1,28 @@
+"""fastxm: cross-modal generators and contrastive losses on fused CPU, CUDA and Triton kernels."""
+
+from importlib import import_module, metadata
+from typing import Any
+
+__version__ = metadata.version("fastxm")
+
+HOMES = {
+    "XMCGAN": "fastxm.models.xmcgan",
+    "XMCGANConfig": "fastxm.models.xmcgan",
+    "DualEncoder": "fastxm.encoders.dual",
+}
+MODULES = ("data", "encoders", "evaluation", "losses", "models", "nn", "ops", "training")
+
+__all__ = ["__version__", *HOMES, *MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    # what is not asked for is not imported: `import fastxm` stays fast
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    if name in MODULES:
+        return import_module(f"fastxm.{name}")
+    raise AttributeError(f"module 'fastxm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

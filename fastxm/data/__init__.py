@@ -1,0 +1,1 @@
+"""Captioned pictures: one file a format."""

@@ -1,0 +1,1 @@
+"""Text and image encoders: one file a family."""

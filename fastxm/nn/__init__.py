@@ -1,0 +1,1 @@
+"""Modules with parameters, built on the ops."""

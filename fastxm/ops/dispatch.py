@@ -1,0 +1,123 @@
+"""Which backend runs an op, and the two things every room shares: the device table and the vjp.
+
+    reference   the formula, in plain PyTorch: any device, any dtype, any order of derivative
+    cpu         vendor GEMM and the C++ kernels of fastxm._C
+    cuda        vendor GEMM and the CUDA kernels of fastxm._C
+    triton      the Triton kernels of fastxm.kernels
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from fastxm import _C
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+forced: ContextVar[str | None] = ContextVar("fastxm_backend", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces one backend for the ops called inside (tests, benchmarks, debugging).
+
+    Args:
+        name: "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: name is no backend.
+        RuntimeError: the backend was not built, or the machine cannot run it; raised here or, for
+            tensors of another device, by the op.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {name!r}")
+    if reason := missing(name):
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    token = forced.set(name)
+    try:
+        yield
+    finally:
+        forced.reset(token)
+
+
+def missing(name: str) -> str | None:
+    """Why a backend cannot run on this machine, or None if it can."""
+    if name == "cuda" and not _C.build_info()["cuda"]:
+        return "fastxm was built without CUDA (install with nvcc on PATH)"
+    if name == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if name == "triton" and not (torch.cuda.is_available() or interpreting()):
+        return "no CUDA device"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (tests without a GPU)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(op: str, device: torch.device, auto: str, offered: Sequence[str] = BACKENDS) -> str:
+    """The backend that runs: the forced one if it can take tensors of this device, else `auto`.
+
+    Args:
+        op: the op's name, for the error.
+        device: where the inputs are.
+        auto: the op's own choice, from its measured table.
+        offered: the backends that the op has.
+
+    Raises:
+        RuntimeError: the forced backend does not exist for this op or device.
+    """
+    name = forced.get()
+    if name is None:
+        return auto
+    runs_on = {"reference": None, "cpu": "cpu", "cuda": "cuda", "triton": "cuda"}[name]
+    if name == "triton" and interpreting():
+        runs_on = None
+    if name not in offered or (runs_on is not None and device.type != runs_on):
+        raise RuntimeError(f"{op} has no {name} backend for {device.type} tensors")
+    return name
+
+
+def vjp(
+    formula: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of a formula by autograd, themselves differentiable: the second-order path.
+
+    Args:
+        formula: the op in plain PyTorch, called with `inputs`.
+        inputs: tensors, or None where an optional one is left out.
+        cotangents: one for each output of the formula; None for an output that is not used.
+
+    Returns:
+        one gradient for each input; None where it needs none.
+    """
+    with torch.enable_grad():
+        outputs = formula(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(o, c) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if not pairs or not wanted:
+        return [None for _ in inputs]
+    outs, cots = zip(*pairs)
+    found = iter(torch.autograd.grad(outs, wanted, cots, create_graph=True, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of statistics: float64 stays, all else becomes float32."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def threads() -> int:
+    """How many threads C++ kernels use: as many as PyTorch."""
+    return torch.get_num_threads()

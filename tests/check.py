@@ -1,0 +1,69 @@
+"""How tests compare: against float64, in units of what plain PyTorch itself gets wrong."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def flatten(value: Any) -> list[Tensor]:
+    """The tensors of a result that is a tensor, or a tuple or list of them."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value if item is not None for t in flatten(item)]
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def no_worse(
+    ours: Callable[..., Any], formula: Callable[..., Any], *inputs: Any, factor: float = 2.0
+) -> None:
+    """Asserts error(ours) <= factor * error(formula) + one rounding, both against float64.
+
+    Args:
+        ours: the op under test.
+        formula: the same mathematics in plain PyTorch, written independently of the op.
+        *inputs: arguments of both; floating tensors are widened to float64 for the truth.
+        factor: how many times plain PyTorch's own largest error is allowed.
+    """
+    truths = flatten(formula(*[cast(x, torch.float64) for x in inputs]))
+    results = flatten(ours(*inputs))
+    plains = flatten(formula(*inputs))
+    assert len(results) == len(truths) == len(plains)
+    for i, (truth, result, plain) in enumerate(zip(truths, results, plains)):
+        assert result.shape == truth.shape, f"output {i}: {result.shape}, not {truth.shape}"
+        assert torch.equal(result.isfinite(), truth.isfinite()), f"output {i}: not finite alike"
+        finite = truth.isfinite()
+        truth, result, plain = truth[finite], result.double()[finite], plain.double()[finite]
+        if truth.numel() == 0:
+            continue
+        eps = torch.finfo(results[i].dtype).eps
+        rounding = eps * truth.abs().max()
+        allowed = factor * (plain - truth).abs().max() + rounding
+        error = (result - truth).abs().max()
+        assert error <= allowed, f"output {i}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def gradient(f: Callable[..., Any], wrt: Sequence[int] = (0, 1)) -> Callable[..., list[Tensor]]:
+    """The function that maps inputs to the gradients of f, with fixed random cotangents.
+
+    Args:
+        f: returns a tensor or a tuple of tensors.
+        wrt: positions of the inputs to differentiate.
+    """
+
+    def gradients(*inputs: Any) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_(i in wrt) if isinstance(x, Tensor) else x
+                  for i, x in enumerate(inputs)]  # fmt: skip
+        outputs = flatten(f(*leaves))
+        total = outputs[0].new_zeros(())
+        for k, out in enumerate(outputs):
+            generator = torch.Generator().manual_seed(1234 + k)
+            weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+            total = total + (out * weight.to(out)).sum()
+        return list(torch.autograd.grad(total, [leaves[i] for i in wrt]))
+
+    return gradients

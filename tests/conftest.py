@@ -1,0 +1,30 @@
+"""Fixtures: the devices of this machine, a fixed seed, and poisoned fresh memory."""
+
+import os
+
+import torch
+
+# without a GPU, Triton kernels run in the interpreter; it must be told before they are imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        metafunc.parametrize("device", devices)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    # deterministic mode fills torch.empty with NaN: a kernel that leaves a value unwritten shows
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

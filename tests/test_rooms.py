@@ -1,0 +1,32 @@
+"""The house keeps its shape: every op has its room, and nothing grows past its size."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ["info_nce", "region_word", "mmd", "modulation"]
+SIZES = [("fastxm/ops", 150), ("kernels", 300), ("csrc", 300), ("fastxm", 500)]
+
+
+@pytest.mark.parametrize("op", ROOMS)
+def test_room_is_whole(op):
+    whole = [f"fastxm/ops/{op}.py", f"csrc/cpu/{op}.cpp", f"tests/ops/test_{op}.py",
+             f"benchmarks/bench_{op}.py"]  # fmt: skip
+    assert [path for path in whole if not (ROOT / path).exists()] == []
+
+
+def test_no_file_outgrows_its_size():
+    large = {}
+    for folder, limit in SIZES:
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".cpp", ".cu", ".h", ".cuh"} and "kernels" not in path.parts[:-2]:
+                lines = path.read_text().count("\n")
+                if lines > limit:
+                    large[str(path.relative_to(ROOT))] = lines
+    assert large == {}
+
+
+def test_every_room_is_listed():
+    files = {p.stem for p in (ROOT / "fastxm/ops").glob("*.py")} - {"__init__", "dispatch"}
+    assert set(ROOMS) <= files
