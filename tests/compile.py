@@ -60,7 +60,9 @@ def cubin_usage(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        found = subprocess.run([cuobjdump(), "-res-usage", file.name], capture_output=True, text=True)
+        found = subprocess.run(
+            [cuobjdump(), "-res-usage", file.name], capture_output=True, text=True
+        )
     match = CUBIN_USAGE.search(found.stdout + found.stderr)
     if match is None:
         raise RuntimeError(f"cuobjdump told nothing: {found.stdout}{found.stderr}")
@@ -102,7 +104,9 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
-        print(f"{row['arch']:7} {row['registers']:4} registers {row['spills']:5} B spilled  {row['kernel']}")
+        print(
+            f"{row['arch']:7} {row['registers']:4} registers {row['spills']:5} B spilled  {row['kernel']}"
+        )
     spilled = [row for row in rows if row["spills"] > ALLOWED_SPILLS]
     if not rows or spilled:
         sys.exit(f"{len(spilled)} of {len(rows)} kernels spill more than {ALLOWED_SPILLS} bytes")

@@ -20,7 +20,10 @@ def test_no_file_outgrows_its_size():
     large = {}
     for folder, limit in SIZES:
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".cpp", ".cu", ".h", ".cuh"} and "kernels" not in path.parts[:-2]:
+            if (
+                path.suffix in {".py", ".cpp", ".cu", ".h", ".cuh"}
+                and "kernels" not in path.parts[:-2]
+            ):
                 lines = path.read_text().count("\n")
                 if lines > limit:
                     large[str(path.relative_to(ROOT))] = lines

@@ -60,7 +60,8 @@ FASTXM_INLINE void from_float(float x, bfloat16& y) {
   y.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
-// e^x to 1 ulp or so, in straight-line code that vectorises; 0 below -87.3, inf above 88.7, NaN kept
+// e^x to 1 ulp or so, in straight-line code that vectorises; 0 below -87.3, inf above 88.7, NaN
+// kept
 FASTXM_INLINE float exp_fast(float x) {
   float t = x < -87.33654f ? -87.33654f : (x > 88.72283f ? 88.72283f : x);
   float n = std::nearbyint(t * 1.44269504088896341f);

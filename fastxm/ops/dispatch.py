@@ -1,9 +1,9 @@
 """Which backend runs an op, and the two things every room shares: the device table and the vjp.
 
-    reference   the formula, in plain PyTorch: any device, any dtype, any order of derivative
-    cpu         vendor GEMM and the C++ kernels of fastxm._C
-    cuda        vendor GEMM and the CUDA kernels of fastxm._C
-    triton      the Triton kernels of fastxm.kernels
+reference   the formula, in plain PyTorch: any device, any dtype, any order of derivative
+cpu         vendor GEMM and the C++ kernels of fastxm._C
+cuda        vendor GEMM and the CUDA kernels of fastxm._C
+triton      the Triton kernels of fastxm.kernels
 """
 
 import contextlib
