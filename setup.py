@@ -1,7 +1,7 @@
 """Build of fastxm._C: C++ always, CUDA where nvcc is, never torch.
 
 Environment:
-    FASTXM_CUDA=0|1      leave the CUDA half out, or insist on it (default: built where nvcc is found)
+    FASTXM_CUDA=0|1      leave the CUDA half out, or insist on it (default: built where nvcc is)
     FASTXM_CUDA_ARCHS    e.g. "80;90a" (default: the GPU's own, else 80 and 90a, plus PTX)
 """
 

@@ -2,8 +2,8 @@
 
     python tests/compile.py [--json FILE]
 
-Each module of kernels/ ends with COMPILES, a list of (kernel, signature, constants, options):
-the jit function, {argument: type}, {argument: constexpr value}, {"num_warps": ..., "num_stages": ...}.
+Each module of kernels/ ends with COMPILES, a list of (kernel, signature, constants, options): the
+jit function, {argument: type}, {constexpr argument: value}, {"num_warps": ..., "num_stages": ...}.
 A spill beyond ALLOWED_SPILLS bytes fails.
 """
 
@@ -49,9 +49,11 @@ def compile_triton() -> list[dict]:
                 ordered = {name: full[name] for name in kernel.arg_names}
                 source = ASTSource(kernel, ordered, constexprs=constants)
                 built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-                rows.append({"kernel": f"{path.stem}.{kernel.__name__}", "arch": f"sm_{arch}",
-                             "constants": {k: str(v) for k, v in constants.items()}, **options,
-                             "shared": built.metadata.shared, **cubin_usage(built.asm["cubin"])})  # fmt: skip
+                usage = {"shared": built.metadata.shared, **cubin_usage(built.asm["cubin"])}
+                names = {k: str(v) for k, v in constants.items()}
+                name = f"{path.stem}.{kernel.__name__}"
+                head = {"kernel": name, "arch": f"sm_{arch}", "constants": names}
+                rows.append({**head, **options, **usage})
     return rows
 
 
@@ -104,9 +106,8 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
-        print(
-            f"{row['arch']:7} {row['registers']:4} registers {row['spills']:5} B spilled  {row['kernel']}"
-        )
+        usage = f"{row['registers']:4} registers {row['spills']:5} B spilled"
+        print(f"{row['arch']:7} {usage}  {row['kernel']}")
     spilled = [row for row in rows if row["spills"] > ALLOWED_SPILLS]
     if not rows or spilled:
         sys.exit(f"{len(spilled)} of {len(rows)} kernels spill more than {ALLOWED_SPILLS} bytes")
