@@ -1,0 +1,147 @@
+"""Checkpoints: whole directories, there or not there, never half written.
+
+    checkpoints/step-00000500/{checkpoint.json, state.pt}
+
+checkpoint.json says what was trained; state.pt is a plain dict of tensors and numbers, read with
+`weights_only=True`: nothing in it can run.
+"""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PREFIX = "step-"
+
+
+def save(
+    folder: Path, step: int, identity: dict[str, Any], state: dict[str, Any], keep: int
+) -> Path:
+    """Writes one checkpoint, then drops all but the last `keep`.
+
+    Args:
+        folder: where checkpoints live; made if absent.
+        step: the step that was just completed.
+        identity: what the checkpoint belongs to, plain values; compared by `load`.
+        state: nested dicts and lists of tensors, numbers and strings.
+        keep: how many to keep, at least 1.
+
+    Returns:
+        the checkpoint's directory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".tmp-*"):
+        shutil.rmtree(stale)
+    draft, final = folder / f".tmp-{step:08d}", folder / f"{PREFIX}{step:08d}"
+    draft.mkdir()
+    with open(draft / "state.pt", "wb") as file:
+        torch.save(state, file)
+        sync(file)
+    with open(draft / "checkpoint.json", "w") as file:
+        json.dump({"step": step, "identity": identity}, file, indent=1)
+        sync(file)
+    sync_folder(draft)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(draft, final)
+    sync_folder(folder)
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def steps(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    complete = [p for p in folder.glob(f"{PREFIX}*") if (p / "checkpoint.json").is_file()]
+    return sorted(complete, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Reads a checkpoint of the same system and configuration.
+
+    Args:
+        path: a checkpoint's directory.
+        identity: as given to `save`.
+
+    Returns:
+        the step, and the state with tensors on the CPU.
+
+    Raises:
+        ValueError: the checkpoint is of another model or configuration, or cannot be read.
+    """
+    try:
+        header = json.loads((path / "checkpoint.json").read_text())
+        theirs, step = header["identity"], header["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a checkpoint: {error}") from error
+    if different := differences(theirs, json.loads(json.dumps(identity))):
+        raise ValueError(f"{path} is a checkpoint of another run: {'; '.join(different[:4])}")
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path / 'state.pt'} cannot be read: {reason}") from error
+    return step, state
+
+
+def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
+    """What differs between two trees of plain values, one phrase each."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = dict.fromkeys([*theirs, *ours])
+        inside = (differences(theirs.get(k), ours.get(k), f"{name}.{k}".strip(".")) for k in keys)
+        return [phrase for phrases in inside for phrase in phrases]
+    return [] if theirs == ours else [f"{name} was {theirs!r}, now {ours!r}"]
+
+
+def random_state() -> dict[str, Any]:
+    """The position of every global random generator, as plain values and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.copy()), position, has_gauss, gauss],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts every global random generator where `random_state` found it."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, numbers, *rest = state["numpy"]
+    np.random.set_state((kind, numbers.numpy(), *rest))  # noqa: NPY002
+
+
+def finite(state: Any) -> bool:
+    """Whether every floating tensor in a nested state is finite."""
+    if isinstance(state, Tensor):
+        return not state.is_floating_point() or bool(state.isfinite().all())
+    if isinstance(state, dict):
+        return all(finite(value) for value in state.values())
+    if isinstance(state, (list, tuple)):
+        return all(finite(value) for value in state)
+    return True
+
+
+def sync(file: Any) -> None:
+    """Everything written to an open file is on the disk when this returns."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """The folder's own entries are on the disk when this returns."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,248 @@
+"""The one loop: data -> step -> log, sample, checkpoint. It knows no model."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxm.training import checkpoint
+from fastxm.training.logging import RunLog
+from fastxm.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """When the loop stops and how often it writes; nothing here changes what is computed."""
+
+    steps: int = 100_000
+    """Updates of the generator in all."""
+    max_minutes: float | None = None
+    """Stops after so many minutes of training, whichever comes first."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    sample_every: int = 500
+    """Steps between sample grids."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay on the disk."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes must be above 0, not {self.max_minutes}")
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or a weight became infinite or NaN; the last checkpoint is from before."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training left behind.
+
+    Args:
+        out: the run's directory.
+        step: steps completed, over all its parts.
+        seconds: time spent training, over all its parts.
+        grid: the last sample grid; None where the recipe draws none.
+        model: the exported model.
+        interrupted: whether a signal ended it before its time.
+    """
+
+    out: Path
+    step: int
+    seconds: float
+    grid: Path | None
+    model: Path
+    interrupted: bool
+
+
+@dataclass
+class Progress:
+    """Where the loop stands: all of it is in the checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counted: int = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.counted += 1
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call to `clear`; the one place that waits for the device."""
+        if not self.sums:
+            return {}
+        values = (torch.stack(list(self.sums.values())) / self.counted).tolist()
+        return dict(zip(self.sums, values))
+
+    def clear(self) -> None:
+        self.sums, self.counted = {}, 0
+
+
+def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) -> Run:
+    """Trains a recipe until `loop` says stop, and exports its model to `out`/model.
+
+    Args:
+        recipe: the system; built here.
+        out: the run's directory; its checkpoints are continued only with `resume`.
+        loop: when to stop and to write.
+        resume: goes on from the last checkpoint in `out` if there is one.
+
+    Raises:
+        ValueError: `out` holds a run and `resume` is false, or the checkpoint is another system's.
+        NonFiniteLoss: training diverged.
+    """
+    last = (checkpoint.steps(out / "checkpoints") or [None])[-1]
+    if not resume and (last or (out / "metrics.jsonl").exists()):
+        raise ValueError(
+            f"{out} already holds a run: add --resume to go on, or choose another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    recipe.build()
+    progress = restore(recipe, last) if last else Progress()
+    with RunLog(out, progress.step) as log, stop_signals() as stopped:
+        run = Loop(recipe, out, loop, log, progress)
+        while not run.finished() and not stopped:
+            run.step()
+        return run.close(bool(stopped))
+
+
+class Loop:
+    """One run in motion."""
+
+    def __init__(self, recipe: Recipe, out: Path, loop: LoopConfig, log: RunLog, at: Progress):
+        self.recipe, self.out, self.loop, self.log, self.at = recipe, out, loop, log, at
+        self.batches = iter(recipe.batches)
+        self.resumed_at = at.step
+        self.saved_at = at.step
+        self.grid: Path | None = None
+        self.grid_at = -1
+        self.began = time.perf_counter() - at.seconds
+        self.marked = (at.step, time.perf_counter())
+
+    def finished(self) -> bool:
+        minutes = self.loop.max_minutes
+        in_time = minutes is None or self.at.seconds < 60 * minutes
+        return self.at.step >= self.loop.steps or not in_time
+
+    def step(self) -> None:
+        self.at.add(self.recipe.step(next(self.batches)))
+        self.at.step += 1
+        step = self.at.step
+        self.at.seconds = time.perf_counter() - self.began
+        done = step / self.loop.steps
+        if self.loop.max_minutes is not None:
+            done = max(done, self.at.seconds / (60 * self.loop.max_minutes))
+        self.log.advance(step, min(done, 1.0))
+        if step % self.loop.log_every == 0:
+            self.write_metrics()
+        if step % self.loop.sample_every == 0:
+            self.draw()
+        if step % self.loop.checkpoint_every == 0:
+            self.save()
+
+    def write_metrics(self) -> None:
+        means = self.checked_means()
+        step, (since, then), now = self.at.step, self.marked, time.perf_counter()
+        speed = (step - since) * self.recipe.images_per_step / (now - then)
+        self.at.seconds = now - self.began
+        self.log.metrics(step, means, speed, self.at.seconds)
+        self.marked = (step, now)
+        self.at.clear()
+
+    def checked_means(self) -> dict[str, float]:
+        means = self.at.means()
+        bad = [
+            f"{name} = {value}" for name, value in means.items() if not abs(value) < float("inf")
+        ]
+        if bad:
+            first = self.at.step - self.at.counted + 1
+            self.diverged(f"{', '.join(bad)} in steps {first} to {self.at.step}")
+        return means
+
+    def diverged(self, what: str) -> None:
+        kept = checkpoint.steps(self.out / "checkpoints")
+        where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise NonFiniteLoss(f"training diverged: {what}; {where}")
+
+    def draw(self) -> None:
+        samples = self.recipe.sample()
+        if samples is not None and self.grid_at != self.at.step:
+            self.grid = self.log.samples(self.at.step, samples.images, samples.captions)
+            self.grid_at = self.at.step
+
+    def save(self) -> None:
+        self.checked_means()
+        recipe = self.recipe.state_dict()
+        if not checkpoint.finite(recipe):
+            self.diverged(f"a weight is not finite after step {self.at.step}")
+        self.log.sync()
+        state = {
+            "recipe": recipe,
+            "random": checkpoint.random_state(),
+            "seconds": self.at.seconds,
+            "sums": self.at.sums,
+            "counted": self.at.counted,
+        }
+        identity = {"system": self.recipe.system, **self.recipe.identity()}
+        folder, keep = self.out / "checkpoints", self.loop.keep_checkpoints
+        checkpoint.save(folder, self.at.step, identity, state, keep)
+        self.saved_at = self.at.step
+
+    def close(self, interrupted: bool) -> Run:
+        if self.at.step > self.saved_at:
+            self.save()
+        self.draw()
+        model = self.out / "model"
+        self.recipe.export(model)
+        at = self.at
+        return Run(self.out, at.step, at.seconds, self.grid, model, interrupted)
+
+
+def restore(recipe: Recipe, path: Path) -> Progress:
+    """Puts a built recipe and the global random generators where a checkpoint left them."""
+    identity = {"system": recipe.system, **recipe.identity()}
+    step, state = checkpoint.load(path, identity)
+    recipe.load_state_dict(state["recipe"])
+    checkpoint.set_random_state(state["random"])
+    sums = {name: value.to(recipe.device) for name, value in state["sums"].items()}
+    return Progress(step, state["seconds"], sums, state["counted"])
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that fills when SIGINT or SIGTERM comes: the step in hand is finished first.
+
+    A second signal acts as it always does.
+    """
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # only the main thread may set handlers
+        before.clear()
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

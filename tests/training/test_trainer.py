@@ -1,0 +1,139 @@
+"""The loop: resuming, stopping, diverging; on a recipe with no model worth the name."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy import Toy
+
+from fastxm.training import checkpoint
+from fastxm.training.trainer import LoopConfig, NonFiniteLoss, train
+
+LOOP = LoopConfig(steps=20, log_every=3, sample_every=10, checkpoint_every=7, keep_checkpoints=2)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_says(tmp_path):
+    run = train(Toy(), tmp_path / "run", LOOP)
+    assert run.step == 20
+    assert not run.interrupted
+    assert [line["step"] for line in lines(run.out)] == [3, 6, 9, 12, 15, 18]
+    assert set(lines(run.out)[0]) == {"step", "loss", "weight"}
+    kept = [path.name for path in checkpoint.steps(run.out / "checkpoints")]
+    assert kept == ["step-00000014", "step-00000020"]
+    assert run.grid == run.out / "samples" / "00000020.png"
+    assert run.grid.stat().st_size > 0
+    assert (run.model / "weight.txt").exists()
+    assert list((run.out / "tensorboard").iterdir())
+
+
+def test_metrics_are_means_over_the_interval(tmp_path):
+    every = train(Toy(), tmp_path / "a", LoopConfig(steps=6, log_every=1))
+    third = train(Toy(), tmp_path / "b", LoopConfig(steps=6, log_every=3))
+    losses = [line["loss"] for line in lines(every.out)]
+    means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    torch.testing.assert_close([line["loss"] for line in lines(third.out)], means)
+
+
+@pytest.mark.parametrize("first", [5, 7, 13])
+def test_a_resumed_run_is_the_unbroken_one(tmp_path, first):
+    whole = train(Toy(), tmp_path / "whole", LOOP)
+    broken = tmp_path / "broken"
+    train(Toy(), broken, LoopConfig(steps=first, log_every=3, checkpoint_every=7))
+    torch.rand(5)  # whatever else the process drew meanwhile
+    resumed = train(Toy(), broken, LOOP, resume=True)
+    assert (broken / "metrics.jsonl").read_bytes() == (whole.out / "metrics.jsonl").read_bytes()
+    assert (resumed.model / "weight.txt").read_text() == (whole.model / "weight.txt").read_text()
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_metrics(tmp_path):
+    steps = 400
+    loop = LoopConfig(steps=steps, log_every=3, sample_every=50, checkpoint_every=7)
+    whole = train(Toy(), tmp_path / "whole", loop)
+    out, script = tmp_path / "killed", Path(__file__).with_name("toy.py")
+    command = [sys.executable, str(script), str(out), str(steps)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(checkpoint.steps(out / "checkpoints")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert lines(out)[-1]["step"] < steps
+    train(Toy(), out, loop, resume=True)
+    assert (out / "metrics.jsonl").read_bytes() == (whole.out / "metrics.jsonl").read_bytes()
+
+
+def test_resume_drops_lines_after_the_checkpoint(tmp_path):
+    train(Toy(), tmp_path, LoopConfig(steps=7, log_every=3, checkpoint_every=7))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "loss": 1.0}\n{"step": 12, "lo')
+    train(Toy(), tmp_path, LoopConfig(steps=9, log_every=3), resume=True)
+    assert [line["step"] for line in lines(tmp_path)] == [3, 6, 9]
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    train(Toy(), tmp_path, LoopConfig(steps=3, log_every=3))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(Toy(), tmp_path, LOOP)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"loss = nan.*steps 10 to 12.*step-00000007"):
+        train(Toy(nan_at=10), tmp_path, LOOP)
+    kept = checkpoint.steps(tmp_path / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000007"]
+    _, state = checkpoint.load(kept[0], {"system": "toy", "width": 3})
+    assert checkpoint.finite(state)
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
+    # the loss of step 7 is finite still: only its update is not
+    class Exploding(Toy):
+        def step(self, batch):
+            metrics = super().step(batch)
+            if self.steps_done == 7:
+                self.players["net"].network.weight.data.fill_(float("inf"))
+            return {"loss": metrics["loss"]}
+
+    with pytest.raises(NonFiniteLoss, match="a weight is not finite after step 7"):
+        train(Exploding(), tmp_path, LOOP)
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+def test_max_minutes_stops_and_can_be_prolonged(tmp_path):
+    short = LoopConfig(steps=10**9, max_minutes=1e-9, log_every=3, checkpoint_every=7)
+    run = train(Toy(), tmp_path, short)
+    assert run.step <= 1
+    more = train(Toy(), tmp_path, LOOP, resume=True)
+    assert more.step == 20
+    assert more.seconds > run.seconds
+
+
+def test_a_signal_finishes_the_step_and_saves(tmp_path):
+    class Signalled(Toy):
+        def step(self, batch):
+            if self.steps_done == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().step(batch)
+
+    run = train(Signalled(), tmp_path / "run", LOOP)
+    assert run.interrupted
+    assert run.step == 5
+    assert [p.name for p in checkpoint.steps(run.out / "checkpoints")] == ["step-00000005"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("field", ["steps", "log_every", "checkpoint_every", "keep_checkpoints"])
+def test_counts_below_one_are_refused(field):
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, not 0"):
+        LoopConfig(**{field: 0})
