@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -18,12 +17,14 @@ from torch import Tensor
 from fastxm import _C
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-forced: ContextVar[str | None] = ContextVar("fastxm_backend", default=None)
+# the forced backends, the innermost last; of the whole process, since autograd runs the backward of
+# CUDA tensors in threads of its own
+forced: list[str] = []
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Forces one backend for the ops called inside (tests, benchmarks, debugging).
+    """Forces one backend on the whole process (tests, benchmarks, debugging).
 
     Args:
         name: "reference", "cpu", "cuda" or "triton".
@@ -37,11 +38,11 @@ def backend(name: str) -> Iterator[None]:
         raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {name!r}")
     if reason := missing(name):
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
-    token = forced.set(name)
+    forced.append(name)
     try:
         yield
     finally:
-        forced.reset(token)
+        forced.pop()
 
 
 def missing(name: str) -> str | None:
@@ -74,9 +75,9 @@ def choose(op: str, device: torch.device, auto: str, offered: Sequence[str] = BA
     Raises:
         RuntimeError: the forced backend does not exist for this op or device.
     """
-    name = forced.get()
-    if name is None:
+    if not forced:
         return auto
+    name = forced[-1]
     runs_on = {"reference": None, "cpu": "cpu", "cuda": "cuda", "triton": "cuda"}[name]
     if name == "triton" and interpreting():
         runs_on = None
