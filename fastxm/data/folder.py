@@ -1,0 +1,111 @@
+"""An image folder: captions in metadata.jsonl, metadata.csv or .txt files beside the pictures.
+
+    FOLDER/metadata.jsonl    {"file_name": "a.png", "text": "a red apple"}; `captions` may be a list
+    FOLDER/metadata.csv      a header with file_name and caption | text | ...
+    FOLDER/a.png, a.txt      one caption a line
+
+Subfolders `train` and `val`, each with files like these, are the splits; without them every tenth
+picture, by the hash of its name, is in val.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastxm.data.pictures import Picture, Source, flatten, split_of
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+COLUMNS = ("captions", "caption", "text", "TEXT", "txt", "prompt", "sentences_raw")
+RESIZES = ("crop", "stretch")
+
+
+def source(path: Path, *, resize: str = "crop") -> Source:
+    """The captioned pictures of a folder.
+
+    Args:
+        path: the folder.
+        resize: "crop" keeps the proportions and cuts the middle square; "stretch" keeps all of
+            the picture, as XMC-GAN does.
+
+    Raises:
+        ValueError: an unknown way to resize, or metadata that names no pictures or captions.
+    """
+    if resize not in RESIZES:
+        raise ValueError(f"resize is one of {RESIZES}, not {resize!r}")
+    pictures: list[Picture] = []
+    skipped: list[tuple[str, str]] = []
+    parts = [(path / name, name) for name in ("train", "val") if (path / name).is_dir()]
+    for root, split in parts or [(path, None)]:
+        for file, captions in captioned_files(root):
+            captions = [" ".join(caption.split()) for caption in captions]
+            captions = [caption for caption in captions if caption]
+            if not file.is_file():
+                skipped.append((str(file), "no such file"))
+            elif not captions:
+                skipped.append((str(file), "no caption"))
+            else:
+                name = file.relative_to(path).as_posix()
+                pictures.append(
+                    Picture(name, str(file), captions, name, split or split_of(file.stem))
+                )
+    stamps = [[p.id, (stat := Path(p.path).stat()).st_size, stat.st_mtime_ns] for p in pictures]
+    made_of = {"resize": resize, "path": str(path.resolve()), "stamps": sorted(stamps)}
+    made_of["stamps"] = hashlib.sha256(json.dumps(made_of["stamps"]).encode()).hexdigest()
+    return Source(path.resolve().name, pictures, partial(read, resize=resize), made_of, skipped)
+
+
+def captioned_files(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The pictures under a folder and their captions, as its metadata or the .txt files say."""
+    found: dict[Path, list[str]] = {}
+    tables = [root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()]
+    for table in tables:
+        for line in rows_of(table):
+            if not line.get("file_name"):
+                raise ValueError(f"{table} has a row without file_name")
+            found.setdefault(root / line["file_name"], []).extend(captions_of(line, table))
+    if not tables:
+        for file in sorted(root.rglob("*")):
+            if file.suffix.lower() in SUFFIXES:
+                text = file.with_suffix(".txt")
+                found[file] = text.read_text("utf-8").splitlines() if text.is_file() else []
+    yield from found.items()
+
+
+def rows_of(table: Path) -> Iterator[dict[str, Any]]:
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        if table.suffix == ".csv":
+            yield from csv.DictReader(file)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{table}:{number} is not JSON: {error}") from error
+
+
+def captions_of(row: dict[str, Any], table: Path) -> list[str]:
+    for column in COLUMNS:
+        if column in row:
+            value = row[column]
+            return [str(item) for item in value] if isinstance(value, list) else [str(value or "")]
+    raise ValueError(f"{table} has a row without a caption; looked for the columns {COLUMNS}")
+
+
+def read(path: str, size: int, *, resize: str) -> np.ndarray:
+    """One picture. Returns uint8 [size, size, 3]."""
+    with Image.open(path) as image:
+        picture = flatten(image)
+    box = None
+    if resize == "crop":
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        box = (left, top, left + side, top + side)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
