@@ -1,7 +1,16 @@
 """The four rooms: fused operations with a plain formula behind each."""
 
 from fastxm.ops.dispatch import backend
+from fastxm.ops.info_nce import info_nce
 from fastxm.ops.modulation import modulation
+from fastxm.ops.region_word import region_word_scores
 from fastxm.ops.word_modulation import word_attention, word_modulation
 
-__all__ = ["backend", "modulation", "word_attention", "word_modulation"]
+__all__ = [
+    "backend",
+    "info_nce",
+    "modulation",
+    "region_word_scores",
+    "word_attention",
+    "word_modulation",
+]

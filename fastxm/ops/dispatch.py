@@ -119,6 +119,12 @@ def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows (the last dimension) divided by their L2 norms, x * rsqrt(max(sum x^2, 1e-12)), wide."""
+    (x,) = wide(x)
+    return x * x.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
 def threads() -> int:
     """How many threads C++ kernels use: as many as PyTorch."""
     return torch.get_num_threads()

@@ -1,0 +1,173 @@
+"""InfoNCE: the contrastive loss of paired rows, without keeping their similarity matrix.
+
+    s[i, j] = scale <x[i], y[j]>        lse[i] = log sum_j exp s[i, j]        t(i) = i + offset
+    row[i]  = lse[i] - (1 - e) s[i, t(i)] - e mean_j s[i, j]                  e: label smoothing
+    loss[i] = row[i], or (row[i] + column[i]) / 2 with the same of s transposed if symmetric
+
+Pairs (i, j) of one label with j != t(i) leave every sum and mean. Backward, with the weights a of
+the rows and b of the columns (both dloss / 2 if symmetric, else dloss and 0):
+
+    ds[i, j] = a[i] (exp(s[i, j] - lse[i]) - q[i, j])
+             + b[j] (exp(s[i, j] - column_lse[j]) - q[j, i])
+    q[i, j] = (1 - e) 1[j = t(i)] + e / count[i]
+    dx = scale ds y        dy = scale dsᵀ x        dscale = <x, ds y>
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastxm.ops import dispatch
+from fastxm.ops.dispatch import wide
+from fastxm.ops.distributed import gather_rows, row_counts
+from fastxm.ops.info_nce_blocks import formula, formula_bwd
+
+OFFERED = ("reference",)
+
+
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    symmetric: bool = True,
+    normalize: bool = False,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    offset: int = 0,
+    reduction: str = "mean",
+    group: "dist.ProcessGroup | None" = None,
+) -> Tensor:
+    """Loss of telling each row's partner from every other row: CLIP's loss, NT-Xent, SimCLR.
+
+    Args:
+        x: [N, D], of any floating dtype.
+        y: [M, D], M >= N. Row i of x matches row i + offset of y; every other row is a negative.
+        logit_scale: inverse temperature, a number or a scalar tensor. Differentiable.
+        symmetric: the average of telling y given x and x given y; needs M = N.
+        normalize: L2-normalise the rows of x and y first, x * rsqrt(max(sum x^2, 1e-12)).
+        labels: [M] integers, one a row of y (row i of x has labels[i + offset]): pairs of one
+            label, but for the positive, are no negatives.
+        label_smoothing: e in [0, 1): the share of the target spread evenly over all candidates.
+        offset: where the positives begin in y, 0 <= offset <= M - N.
+        reduction: "mean" | "sum" | "none". The mean of no rows is NaN, their sum 0.
+        group: a torch.distributed group. Each rank holds its own pairs (as many as it likes, M = N
+            on each) and meets the negatives of all; `labels` are its own. "mean" is then
+            ranks / total rows * the sum of its own rows, so that the average over ranks, which is
+            what DistributedDataParallel takes of the gradients, is the mean over the whole batch.
+
+    Returns:
+        scalar, or [N] for "none"; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: the shapes or options do not fit together.
+
+    Source: van den Oord et al. 2018, eq. 4; Radford et al. 2021 (symmetric, learned scale).
+    """
+    _check(x, y, labels, symmetric, label_smoothing, offset, reduction, group)
+    scale = torch.as_tensor(logit_scale, dtype=wide(x[:0], y[:0])[0].dtype, device=x.device)
+    if normalize:
+        x, y = dispatch.unit_rows(x), dispatch.unit_rows(y)
+    if group is not None:
+        losses, weight = _across_ranks(x, y, scale, labels, symmetric, label_smoothing, group)
+    else:
+        losses = _fwd(x, y, scale, labels, symmetric, label_smoothing, offset)[0]
+        weight = 1 / len(x) if len(x) else float("nan")
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() * weight
+
+
+def _across_ranks(x, y, scale, labels, symmetric, smoothing, group) -> tuple[Tensor, float]:
+    """The losses of this rank's rows among the rows of all, and their weight in the mean."""
+    counts = row_counts(len(x), x.device, group)
+    if labels is not None:
+        labels = gather_rows(labels, counts, group)
+    options = (scale, labels, False, smoothing, sum(counts[: dist.get_rank(group)]))
+    losses = _fwd(x, gather_rows(y, counts, group), *options)[0]
+    if symmetric:
+        losses = (losses + _fwd(y, gather_rows(x, counts, group), *options)[0]) / 2
+    return losses, len(counts) / sum(counts) if sum(counts) else float("nan")
+
+
+def _check(x, y, labels, symmetric, smoothing, offset, reduction, group) -> None:
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"info_nce needs x [N, D] and y [M, D], not {x.shape} and {y.shape}")
+    if not (x.is_floating_point() and y.is_floating_point() and x.device == y.device):
+        raise ValueError("info_nce needs x and y floating and on one device")
+    if not 0 <= offset <= len(y) - len(x):
+        raise ValueError(f"offset is in 0 .. M - N = {len(y) - len(x)}, not {offset}")
+    if (symmetric or group is not None) and len(x) != len(y):
+        raise ValueError(f"symmetric and group need M = N, not {len(y)} and {len(x)}")
+    if labels is not None and labels.shape != y.shape[:1]:
+        raise ValueError(f"labels are one a row of y, [{len(y)}], not {labels.shape}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"label_smoothing is in [0, 1), not {smoothing}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is mean, sum or none, not {reduction!r}")
+
+
+@torch.library.custom_op("fastxm::info_nce_fwd", mutates_args=())
+def _fwd(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    labels: Tensor | None,
+    symmetric: bool,
+    smoothing: float,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dispatch.choose("info_nce", x.device, "reference", OFFERED)
+    return formula(x, y, scale, labels, symmetric, smoothing, offset)
+
+
+@torch.library.custom_op("fastxm::info_nce_bwd", mutates_args=())
+def _bwd(
+    dloss: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    labels: Tensor | None,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    symmetric: bool,
+    smoothing: float,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dispatch.choose("info_nce", x.device, "reference", OFFERED)
+    return formula_bwd(
+        dloss, x, y, scale, labels, row_lse, column_lse, symmetric, smoothing, offset
+    )
+
+
+@_fwd.register_fake
+def _(x, y, scale, labels, symmetric, smoothing, offset):
+    row = scale.new_empty(len(x))
+    return row, torch.empty_like(row), scale.new_empty(len(y) if symmetric else 0)
+
+
+@_bwd.register_fake
+def _(dloss, x, y, scale, *_):
+    return torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
+
+
+def _save(ctx, inputs, output):
+    x, y, scale, labels, *ctx.options = inputs
+    ctx.save_for_backward(x, y, scale, labels, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, dloss, *_):
+    x, y, scale, labels, row_lse, column_lse = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        grads = dispatch.vjp(
+            lambda *wrt: formula(*wrt, labels, *ctx.options)[0], (x, y, scale), (dloss,)
+        )
+    else:
+        grads = _bwd(dloss, x, y, scale, labels, row_lse, column_lse, *ctx.options)
+    return (*grads, None, None, None, None)
+
+
+_fwd.register_autograd(_backward, setup_context=_save)
+for _device in ("cpu", "cuda"):
+    _fwd.register_autocast(_device, torch.float32)

@@ -1,0 +1,119 @@
+"""Region-word scores: how well every text fits every picture, word by word.
+
+For text t, word j < lengths[t], picture i, region r (rows L2-normalised unless word_softmax):
+
+    s[r]  = <region[i, r], word[t, j]>
+    alpha = softmax_r(sharp s), or softmax_r(sharp softmax_j(s)) if word_softmax
+    m[j]  = cos(word[t, j], sum_r alpha[r] region[i, r])
+    S[t, i] = log sum_j exp(pool m[j]) / pool
+"""
+
+import torch
+from torch import Tensor
+
+from fastxm.ops import dispatch
+from fastxm.ops.region_word_blocks import formula, formula_bwd, valid_words
+
+OFFERED = ("reference",)
+
+
+def region_word_scores(
+    regions: Tensor,
+    words: Tensor,
+    lengths: Tensor,
+    *,
+    attention_sharpness: float = 5.0,
+    pooling_sharpness: float = 5.0,
+    word_softmax: bool = False,
+) -> Tensor:
+    """Scores of all pairs of a text and a picture by attention of words over regions.
+
+    Args:
+        regions: [B_image, R, D], of any floating dtype.
+        words: [B_text, T, D].
+        lengths: [B_text], integers 0 to T; words from there on are padding: they neither count nor
+            get a gradient, whatever they hold. A text without words scores -inf.
+        attention_sharpness: factor inside the softmax over regions (XMC-GAN rho_1, DAMSM gamma_1).
+        pooling_sharpness: factor inside the pooling of words (rho_2, gamma_2).
+        word_softmax: the DAMSM form: dot products of the rows as they are, and a softmax over the
+            words of the text before that over the regions.
+
+    Returns:
+        [B_text, B_image], float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: the shapes do not fit together.
+
+    Source: Zhang et al. 2021 (XMC-GAN), sec. 3; Xu et al. 2018 (AttnGAN), eqs. 7-10.
+    """
+    if regions.ndim != 3 or words.ndim != 3 or regions.shape[2] != words.shape[2]:
+        raise ValueError(
+            f"region_word_scores needs regions [B_image, R, D] and words [B_text, T, D], "
+            f"not {regions.shape} and {words.shape}"
+        )
+    if lengths.shape != words.shape[:1] or lengths.is_floating_point():
+        raise ValueError(
+            f"lengths are integers [{len(words)}], not {lengths.dtype} {lengths.shape}"
+        )
+    if regions.shape[1] == 0 or words.shape[1] == 0:
+        raise ValueError("region_word_scores needs at least one region and one word")
+    words = words.masked_fill(~valid_words(words, lengths)[..., None], 0)
+    if not word_softmax:
+        regions, words = dispatch.unit_rows(regions), dispatch.unit_rows(words)
+    options = (float(attention_sharpness), float(pooling_sharpness), word_softmax)
+    return _fwd(regions, words, lengths, *options)
+
+
+@torch.library.custom_op("fastxm::region_word_fwd", mutates_args=())
+def _fwd(
+    regions: Tensor, words: Tensor, lengths: Tensor, sharp: float, pool: float, word_softmax: bool
+) -> Tensor:
+    dispatch.choose("region_word", words.device, "reference", OFFERED)
+    return formula(regions, words, lengths, sharp, pool, word_softmax)
+
+
+@torch.library.custom_op("fastxm::region_word_bwd", mutates_args=())
+def _bwd(
+    dscores: Tensor,
+    regions: Tensor,
+    words: Tensor,
+    lengths: Tensor,
+    scores: Tensor,
+    sharp: float,
+    pool: float,
+    word_softmax: bool,
+) -> tuple[Tensor, Tensor]:
+    dispatch.choose("region_word", words.device, "reference", OFFERED)
+    return formula_bwd(dscores, regions, words, lengths, scores, sharp, pool, word_softmax)
+
+
+@_fwd.register_fake
+def _(regions, words, lengths, *_):
+    dtype = torch.promote_types(torch.promote_types(words.dtype, regions.dtype), torch.float32)
+    return words.new_empty(len(words), len(regions), dtype=dtype)
+
+
+@_bwd.register_fake
+def _(dscores, regions, words, *_):
+    return torch.empty_like(regions), torch.empty_like(words)
+
+
+def _save(ctx, inputs, output):
+    regions, words, lengths, *ctx.options = inputs
+    ctx.save_for_backward(regions, words, lengths, output)
+
+
+def _backward(ctx, dscores):
+    regions, words, lengths, scores = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        grads = dispatch.vjp(
+            lambda *wrt: formula(*wrt, lengths, *ctx.options), (regions, words), (dscores,)
+        )
+    else:
+        grads = _bwd(dscores, regions, words, lengths, scores, *ctx.options)
+    return (*grads, None, None, None, None)
+
+
+_fwd.register_autograd(_backward, setup_context=_save)
+for _device in ("cpu", "cuda"):
+    _fwd.register_autocast(_device, torch.float32)
