@@ -4,7 +4,6 @@ A caption becomes [CLS] word pieces [SEP], cut to `max_length` with both ends ke
 MiniLM (all-MiniLM-L6-v2) is a BERT of 6 layers and width 384 that comes with a package from PyPI.
 """
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -13,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastxm.encoders.frozen import Frozen
 
 SENTENCES = ("masked_mean", "reference")
 
@@ -26,7 +27,7 @@ class TextBatch(NamedTuple):
     lengths: Tensor  # [B] int64, word pieces with [CLS] and [SEP]: at least 2
 
 
-class BERT(nn.Module):
+class BERT(Frozen):
     """A frozen BERT: captions in, a `TextBatch` out, without gradients.
 
     Args:
@@ -65,12 +66,8 @@ class BERT(nn.Module):
         self.sentence = sentence
         self.width = int(self.model.config.hidden_size)
         label = label or Path(source).name
-        self.name = f"{label}-{max_length}-{sentence}-{fingerprint(self.model)}"
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "BERT":
-        """Stays in evaluation mode: the encoder is frozen."""
-        return super().train(False)
+        self.freeze()
+        self.name = f"{label}-{max_length}-{sentence}-{self.fingerprint()}"
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> TextBatch:
@@ -143,15 +140,6 @@ def find(source: str | os.PathLike[str]) -> Path:
             f"no text encoder {str(source)!r}: it is no directory here, and the hub did not give "
             "it; fetch it where there is a network and give its local directory"
         ) from error
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Eight hex digits of the weights."""
-    digest = hashlib.blake2b(digest_size=4)
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def minilm_directory() -> Path:

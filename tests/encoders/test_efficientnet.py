@@ -1,0 +1,77 @@
+"""EfficientNet-Lite0: the published network's values, its scales, its derivative."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastxm.encoders import image_encoder
+from fastxm.encoders.efficientnet import NORM_EPS, package_weights, read
+
+
+@pytest.fixture(scope="module")
+def net():
+    return image_encoder("efficientnet-lite0")
+
+
+def waves(size):
+    i = torch.arange(2 * 3 * size * size, dtype=torch.float64)
+    return (0.5 + 0.5 * torch.sin(0.037 * i + 0.5)).float().view(2, 3, size, size)
+
+
+def test_values_of_the_published_network(net):
+    # made with efficientnet-lite-pytorch 0.1.0, which folds nothing, from the same weights
+    pooled, logits = net(waves(224)), net.logits(waves(224))
+    close = {"atol": 2e-4, "rtol": 1e-3}
+    expected = torch.tensor([[0.2182, 2.7801, 0.0], [0.2026, 2.9338, 0.0]])
+    torch.testing.assert_close(pooled[:, [0, 100, 1279]], expected, **close)
+    torch.testing.assert_close(pooled.mean(), torch.tensor(0.1307), **close)
+    expected = torch.tensor([[-0.6789, -0.3874, 1.5952], [-0.7711, -0.3764, 1.6052]])
+    torch.testing.assert_close(logits[:, [0, 500, 999]], expected, **close)
+    assert logits.argmax(1).tolist() == [905, 905]
+
+
+def test_norm_is_folded_and_padding_is_below_and_right(net):
+    weights, x = read(package_weights()), waves(32)
+    norm = [weights[f"_bn0.{k}"] for k in ("running_mean", "running_var", "weight", "bias")]
+    padded = F.pad(x, (0, 1, 0, 1))
+    plain = F.conv2d(padded, weights["_conv_stem.weight"], stride=2)
+    plain = F.batch_norm(plain, *norm, eps=NORM_EPS)
+    torch.testing.assert_close(net.stem(x), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_maps_at_five_scales(net):
+    maps = net.features(waves(64))
+    assert [m.shape[1] for m in maps] == list(net.channels)
+    assert [m.shape[2] for m in maps] == [112, 56, 28, 14, 7]
+    torch.testing.assert_close(net.pool(maps), net(waves(64)))
+
+
+def test_resizing_is_antialiased_or_left_out(net):
+    small = F.interpolate(waves(256), (224, 224), mode="bilinear", antialias=True)
+    torch.testing.assert_close(net(waves(256)), net(small))
+    as_is = image_encoder("efficientnet-lite0", image_size=None)
+    assert [m.shape[2] for m in as_is.features(waves(64))] == [32, 16, 8, 4, 2]
+    assert as_is.features(waves(65))[0].shape[2] == 33
+    assert as_is.name != net.name
+
+
+def test_derivative_reaches_the_picture(net):
+    x = waves(32).requires_grad_()
+    (dx,) = torch.autograd.grad(net(x).square().sum(), x)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    direction /= direction.norm()
+    wide = image_encoder("efficientnet-lite0").double()
+    shifted = [wide((x + s * 1e-4 * direction).double()).square().sum() for s in (1, -1)]
+    slope = (shifted[0] - shifted[1]) / 2e-4
+    torch.testing.assert_close((dx * direction).sum().double(), slope, rtol=1e-3, atol=1e-3)
+    assert all(p.grad is None and not p.requires_grad for p in net.parameters())
+
+
+def test_bad_input_is_one_clear_error(net, tmp_path):
+    with pytest.raises(ValueError, match="B, 3, H, W"):
+        net(torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="uint8"):
+        net(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not weights of EfficientNet-Lite0"):
+        image_encoder(tmp_path / "other.pth")
