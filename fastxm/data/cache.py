@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,10 @@ def build_once(
     return manifest
 
 
-def track(items: Iterable[Any], total: int, title: str, *, progress: bool = True) -> Iterable[Any]:
-    """The items, under a progress bar."""
+def track(
+    items: Iterable[Any], total: int, title: str, *, step: int = 1, progress: bool = True
+) -> Iterator[Any]:
+    """The items, under a progress bar that advances by step at each, to total."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -107,4 +109,7 @@ def track(items: Iterable[Any], total: int, title: str, *, progress: bool = True
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not progress) as bar:
-        yield from bar.track(items, total=total, description=title)
+        task = bar.add_task(title, total=total)
+        for number, item in enumerate(items, 1):
+            yield item
+            bar.update(task, completed=min(number * step, total))

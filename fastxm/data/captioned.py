@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,8 @@ from torch import Tensor
 
 from fastxm.data import emoji, folder
 from fastxm.data.cache import log
+from fastxm.data.features import TextEncoder, text_features
 from fastxm.data.pictures import Source, rendered
-
-if TYPE_CHECKING:
-    from fastxm.encoders import TextEncoder
 
 SPLITS = ("train", "val")
 
@@ -152,7 +150,7 @@ def too_few(name: str | os.PathLike[str], found: int, skipped: list[tuple[str, s
 def prepare(
     name_or_path: str | os.PathLike[str],
     image_size: int = 64,
-    encoder: "TextEncoder | None" = None,
+    encoder: TextEncoder | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> dict[str, CaptionedImages]:
@@ -165,8 +163,6 @@ def prepare(
     Returns:
         The data set of each split.
     """
-    from fastxm.data.features import text_features
-
     splits = {
         split: open_dataset(
             name_or_path, image_size, split, cache_dir, verify=split == SPLITS[0], **options

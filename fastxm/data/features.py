@@ -7,7 +7,7 @@ padding, in float16; a batch is padded with zeros to the encoder's length.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,18 @@ from fastxm.data.cache import build_once, digest, track
 
 if TYPE_CHECKING:
     from fastxm.data.captioned import CaptionedImages
-    from fastxm.encoders import TextEncoder
 
 CHUNK = 128  # captions encoded at a time
+
+
+class TextEncoder(Protocol):
+    """What encodes captions: texts -> words [B, T, E], sentence [B, E], lengths [B]."""
+
+    name: str
+    width: int
+    max_length: int
+
+    def __call__(self, captions: Sequence[str], /) -> Any: ...
 
 
 class TextFeatures:
@@ -74,7 +83,7 @@ class TextFeatures:
 
 def text_features(
     dataset: "CaptionedImages",
-    encoder: "TextEncoder",
+    encoder: TextEncoder,
     *,
     progress: bool = True,
     verify: bool = False,
@@ -107,7 +116,7 @@ def text_features(
 
 
 def write_features(
-    texts: Sequence[str], encoder: "TextEncoder", title: str, progress: bool, directory: Path
+    texts: Sequence[str], encoder: TextEncoder, title: str, progress: bool, directory: Path
 ) -> dict[str, Any]:
     # short captions first: chunks of like lengths waste little on padding
     sentences = np.zeros((len(texts), encoder.width), np.float16)
@@ -115,7 +124,7 @@ def write_features(
     raw = directory / "words.raw"
     with raw.open("wb") as file, torch.inference_mode():
         chunks = range(0, len(texts), CHUNK)
-        for start in track(chunks, len(chunks), title, progress=progress):
+        for start in track(chunks, len(texts), title, step=CHUNK, progress=progress):
             encoded = encoder(texts[start : start + CHUNK])
             words, n = encoded.words.cpu(), encoded.lengths.cpu()
             real = torch.arange(words.shape[1]) < n[:, None]

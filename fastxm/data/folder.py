@@ -41,7 +41,9 @@ def source(path: Path, *, resize: str = "crop") -> Source:
         raise ValueError(f"resize is one of {RESIZES}, not {resize!r}")
     pictures: list[Picture] = []
     skipped: list[tuple[str, str]] = []
-    parts = [(path / name, name) for name in ("train", "val") if (path / name).is_dir()]
+    parts: list[tuple[Path, str | None]] = [
+        (path / name, name) for name in ("train", "val") if (path / name).is_dir()
+    ]
     for root, split in parts or [(path, None)]:
         for file, captions in captioned_files(root):
             captions = [" ".join(caption.split()) for caption in captions]
