@@ -1,1 +1,16 @@
-"""Modules with parameters, built on the ops."""
+"""Modules with parameters, built on the ops and shared by the models."""
+
+from fastxm.nn.blocks import DownBlock, FirstDownBlock, UpBlock
+from fastxm.nn.modulation import AttentionalModulation, ConditionalModulation, ModulatedNorm
+from fastxm.nn.spectral import SpectralConv2d, SpectralLinear
+
+__all__ = [
+    "AttentionalModulation",
+    "ConditionalModulation",
+    "DownBlock",
+    "FirstDownBlock",
+    "ModulatedNorm",
+    "SpectralConv2d",
+    "SpectralLinear",
+    "UpBlock",
+]

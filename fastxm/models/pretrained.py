@@ -1,0 +1,79 @@
+"""A model as a folder: config.json and model.safetensors, written whole or not at all."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+Self = TypeVar("Self", bound="Pretrained")
+
+
+class Pretrained(nn.Module):
+    """Adds `save_pretrained` and `from_pretrained` to a model that is built from a dataclass."""
+
+    model_type: ClassVar[str]
+    config_class: ClassVar[Callable[..., Any]]
+    config: Any
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors; what stood there stays until both are whole.
+
+        Args:
+            directory: made if it does not exist.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": self.model_type, **dataclasses.asdict(self.config)}
+        weights, text = (folder / f".{name}.{os.getpid()}" for name in (WEIGHTS, CONFIG))
+        try:
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, weights)
+            text.write_text(json.dumps(config, indent=2) + "\n")
+            os.replace(weights, folder / WEIGHTS)
+            os.replace(text, folder / CONFIG)
+        finally:
+            weights.unlink(missing_ok=True)
+            text.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(cls: type[Self], directory: str | os.PathLike[str]) -> Self:
+        """Reads what `save_pretrained` wrote, in eval mode on the CPU.
+
+        Args:
+            directory: a folder with config.json and model.safetensors.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: they are of another model, or do not fit each other.
+        """
+        folder = Path(directory)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} is no saved {cls.model_type}: it has no {name}")
+        model = cls(cls.read_config(folder / CONFIG))
+        try:
+            model.load_state_dict(load_file(folder / WEIGHTS))
+        except RuntimeError as error:
+            first = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+            raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {first}") from error
+        return model.eval()
+
+    @classmethod
+    def read_config(cls, path: Path) -> Any:
+        """The config dataclass from a config.json of this model."""
+        try:
+            fields = json.loads(path.read_text())
+            kind = fields.pop("model_type", None)
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a JSON object: {error}") from error
+        if kind != cls.model_type:
+            raise ValueError(f"{path} is of model type {kind!r}, not {cls.model_type!r}")
+        try:
+            return cls.config_class(**fields)
+        except TypeError as error:
+            raise ValueError(f"{path} has other fields than {cls.model_type}: {error}") from error
