@@ -16,16 +16,15 @@ Text-to-Image Generation. CVPR 2021.)
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastxm.losses import hinge_d, hinge_g, nce, region_word_loss
 from fastxm.models.pretrained import Pretrained
 from fastxm.nn import (
     AttentionalModulation,
@@ -37,7 +36,7 @@ from fastxm.nn import (
     SpectralLinear,
     UpBlock,
 )
-from fastxm.nn.blocks import Conv2d
+from fastxm.nn.blocks import Condition, Conv2d
 from fastxm.nn.init import glorot_normal_
 
 UP = {64: (16, 8, 4, 2), 128: (16, 8, 4, 2, 1), 256: (16, 8, 8, 4, 2, 1)}
@@ -149,19 +148,213 @@ class Generator(nn.Module):
         condition = torch.cat([self.sentence(sentence), z.to(words.dtype)], 1)
         x = self.first(z if self.config.first_layer == "z" else condition)
         x = x.view(len(z), 4, 4, -1).permute(0, 3, 1, 2)  # channels_last
-        pairs = iter(self.modulation(condition))
-        sources: Iterator[Any] = (constant(pair) for pair in pairs)
-        for block in self.blocks[:GLOBAL_BLOCKS]:
-            x = block(x, next(sources), next(sources), update_stats)
-        attend = [
-            partial(attention, words=words, lengths=lengths, condition=condition)
-            for attention in self.attentions
-        ]
+        sources = [constant(pair) for pair in self.modulation(condition)]
+        for i, block in enumerate(self.blocks[:GLOBAL_BLOCKS]):
+            x = block(x, sources[2 * i], sources[2 * i + 1], update_stats)
+        sources = self.local_sources(x, words, lengths, condition)
+        for i, block in enumerate(self.blocks[GLOBAL_BLOCKS:]):
+            x = block(x, sources[2 * i], sources[2 * i + 1], update_stats)
+        x = self.to_rgb(self.norm(x, *sources[-1](x), update_stats))
+        return (torch.tanh(at_least_float(x)) + 1) / 2
+
+    def local_sources(
+        self, x: Tensor, words: Tensor, lengths: Tensor, condition: Tensor
+    ) -> list[Condition]:
+        """What gives gamma and beta to each layer after the 16 x 16 map x."""
         if self.config.attention == "shared":
-            sources = (constant(pair) for pair in attend[0](x))
-        else:
-            sources = (only(source) for source in attend)
-        for block in self.blocks[GLOBAL_BLOCKS:]:
-            x = block(x, next(sources), next(sources), update_stats)
-        x = self.to_rgb(self.norm(x, *next(sources)(x), update_stats))
-        return (torch.tanh(x.to(torch.promote_types(x.dtype, torch.float32))) + 1) / 2
+            return [constant(pair) for pair in self.attentions[0](x, words, lengths, condition)]
+        return [
+            partial(attend, words=words, lengths=lengths, condition=condition)
+            for attend in self.attentions
+        ]
+
+
+def constant(pair: tuple[Tensor, Tensor]) -> Condition:
+    return lambda _: pair
+
+
+class DiscriminatorOutput(NamedTuple):
+    """What the discriminator makes of N pictures and B sentences.
+
+    logits [N], float32: how real, given the sentence. pooled [N, 16 df], float32: the picture's
+    feature. regions [N, 256, E]: features of the 16 x 16 locations. sentence [B, 16 df]: the
+    sentence in the space of `pooled`.
+    """
+
+    logits: Tensor
+    pooled: Tensor
+    regions: Tensor
+    sentence: Tensor
+
+
+class Discriminator(nn.Module):
+    """Pictures and sentences to logits, and to the features that the contrastive losses compare.
+
+    Args:
+        config: of the whole model.
+    """
+
+    def __init__(self, config: XMCGANConfig) -> None:
+        super().__init__()
+        widths = [config.df * m for m in DOWN[config.image_size]]
+        self.first = FirstDownBlock(3, widths[0])
+        last = len(widths) - 2
+        self.blocks = nn.ModuleList(
+            DownBlock(a, b, down=i < last) for i, (a, b) in enumerate(zip(widths, widths[1:]))
+        )
+        self.region_block = {64: 0, 128: 1, 256: 2}[config.image_size]
+        self.regions = SpectralConv2d(widths[self.region_block + 1], config.text_width, 1)
+        self.sentence = SpectralLinear(config.text_width, widths[-1])
+        self.logit = SpectralLinear(widths[-1], 1)
+
+    def forward(self, images: Tensor, sentence: Tensor) -> DiscriminatorOutput:
+        """Judges pictures; call it once a step, for spectral norm's sake.
+
+        Args:
+            images: [N, 3, S, S] in [0, 1]; N is B, or 2 B with the real pictures first.
+            sentence: [B, E], sentence features.
+
+        Raises:
+            ValueError: N is no whole multiple of B.
+        """
+        if len(images) % len(sentence):
+            raise ValueError(f"{len(images)} images do not share out to {len(sentence)} sentences")
+        x = self.first(images)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i == self.region_block:
+                regions = self.regions(x).permute(0, 2, 3, 1).flatten(1, 2)
+        pooled = at_least_float(F.relu(x)).sum((2, 3))
+        e = at_least_float(self.sentence(sentence))
+        matched = (pooled.unflatten(0, (-1, len(e))) * e).sum(2).flatten()
+        logits = at_least_float(self.logit(pooled)).squeeze(1) + matched
+        return DiscriminatorOutput(logits, pooled, regions, e)
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class XMCGAN(Pretrained):
+    """XMC-GAN: `generate` draws pictures of captions.
+
+    Args:
+        config: of both networks.
+    """
+
+    model_type: ClassVar[str] = "xmcgan"
+    config_class: ClassVar[Callable[..., XMCGANConfig]] = XMCGANConfig
+
+    def __init__(self, config: XMCGANConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or XMCGANConfig()
+        self.generator = Generator(self.config)
+        self.discriminator = Discriminator(self.config)
+        self.to(memory_format=torch.channels_last)
+        self._encoder: list[Any] = []  # in a list: not a submodule, not in the state dict
+
+    @property
+    def text_encoder(self) -> Any:
+        """The frozen encoder that the config names, loaded when first asked for."""
+        if not self._encoder:
+            from fastxm.encoders import text_encoder
+
+            config = self.config
+            self.attach(text_encoder(config.text_encoder, max_length=config.words))
+        return self._encoder[0]
+
+    def attach(self, encoder: Any) -> None:
+        """Uses this text encoder: encoder(list of captions) has words, sentence and lengths."""
+        if encoder.width != self.config.text_width:
+            raise ValueError(
+                f"the model reads text features of width {self.config.text_width}, "
+                f"the encoder gives {encoder.width}"
+            )
+        self._encoder[:] = [encoder]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        captions: Sequence[str],
+        *,
+        num_images: int = 1,
+        seed: int | None = None,
+        batch_size: int = 64,
+        output: str = "tensor",
+        precision: str = "fp32",
+        compile: bool = False,
+    ) -> Any:
+        """Draws pictures of captions; the model stays as it was.
+
+        Args:
+            captions: at least one.
+            num_images: pictures of each caption.
+            seed: of the noise, which is drawn picture by picture: picture k of a caption is the
+                same whatever the other captions are. None draws from PyTorch's global state.
+            batch_size: pictures at once.
+            output: "tensor" or "pil".
+            precision: "fp32", "bf16" or "fp16".
+            compile: run the generator under torch.compile.
+
+        Returns:
+            [len(captions) * num_images, 3, S, S] in [0, 1], float32 on the CPU, the pictures of one
+            caption together; or as many PIL images.
+        """
+        captions = check_captions(captions)
+        for name, value in {"num_images": num_images, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} is at least 1, not {value}")
+        for name, value, known in (
+            ("output", output, ("tensor", "pil")), ("precision", precision, tuple(PRECISIONS)),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{name} is one of {known}, not {value!r}")
+        noise = self.noise(len(captions), num_images, seed)
+        texts = [text for text in captions for _ in range(num_images)]
+        device, dtype = self.generator.first.weight.device, PRECISIONS[precision]
+        network = torch.compile(self.generator) if compile else self.generator
+        pictures = []
+        with evaluating(self.generator), torch.autocast(device.type, dtype, enabled=bool(dtype)):
+            for start in range(0, len(texts), batch_size):
+                stop = start + batch_size
+                text = self.text_encoder(texts[start:stop])
+                inputs = (noise[start:stop], text.words, text.sentence, text.lengths)
+                pictures.append(network(*(t.to(device) for t in inputs)).float().cpu())
+        images = torch.cat(pictures)
+        return to_pil(images) if output == "pil" else images
+
+    def noise(self, captions: int, num_images: int, seed: int | None) -> Tensor:
+        """[captions * num_images, z_dim]: with a seed, picture k of every caption shares its own."""
+        width = self.config.z_dim
+        if seed is None:
+            return torch.randn(captions * num_images, width)
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randn(width, generator=generator) for _ in range(num_images)]
+        return torch.stack(rows).repeat(captions, 1)
+
+
+def check_captions(captions: Sequence[str]) -> list[str]:
+    if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+        raise TypeError(f"captions are a list of strings, not {captions!r}")
+    if not captions:
+        raise ValueError("generate needs at least one caption")
+    return list(captions)
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside, the mode it had outside."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+def to_pil(images: Tensor) -> list[Any]:
+    """PIL images of [B, 3, S, S] in [0, 1]."""
+    from PIL import Image
+
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in pixels]
