@@ -18,7 +18,7 @@ Text-to-Image Generation. CVPR 2021.)
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -107,12 +107,12 @@ class Generator(nn.Module):
         self.first = nn.Linear(first, 16 * widths[0])
         for linear in (self.sentence, self.first):
             glorot_normal_(linear.weight, linear.bias)
-        self.blocks = nn.ModuleList(UpBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.blocks = nn.ModuleList(UpBlock(a, b) for a, b in pairwise(widths))
         self.norm = ModulatedNorm(widths[-1])
         self.to_rgb = Conv2d(widths[-1], 3, 3)
 
         # channels of the two normalisations of every block, and of the head's
-        layers = [c for pair in zip(widths, widths[1:]) for c in pair] + [widths[-1]]
+        layers = [c for pair in pairwise(widths) for c in pair] + [widths[-1]]
         self.modulation = ConditionalModulation(condition, layers[: 2 * GLOBAL_BLOCKS])
         local = layers[2 * GLOBAL_BLOCKS :]
         served = [(local[0], local)] if config.attention == "shared" else [(c, [c]) for c in local]
@@ -163,14 +163,15 @@ class Generator(nn.Module):
         """What gives gamma and beta to each layer after the 16 x 16 map x."""
         if self.config.attention == "shared":
             return [constant(pair) for pair in self.attentions[0](x, words, lengths, condition)]
-        return [
-            partial(attend, words=words, lengths=lengths, condition=condition)
-            for attend in self.attentions
-        ]
+        return [attending(attend, words, lengths, condition) for attend in self.attentions]
 
 
 def constant(pair: tuple[Tensor, Tensor]) -> Condition:
     return lambda _: pair
+
+
+def attending(attend: nn.Module, words: Tensor, lengths: Tensor, condition: Tensor) -> Condition:
+    return lambda x: attend(x, words, lengths, condition)[0]
 
 
 class DiscriminatorOutput(NamedTuple):
@@ -200,7 +201,7 @@ class Discriminator(nn.Module):
         self.first = FirstDownBlock(3, widths[0])
         last = len(widths) - 2
         self.blocks = nn.ModuleList(
-            DownBlock(a, b, down=i < last) for i, (a, b) in enumerate(zip(widths, widths[1:]))
+            DownBlock(a, b, down=i < last) for i, (a, b) in enumerate(pairwise(widths))
         )
         self.region_block = {64: 0, 128: 1, 256: 2}[config.image_size]
         self.regions = SpectralConv2d(widths[self.region_block + 1], config.text_width, 1)
@@ -250,7 +251,7 @@ class XMCGAN(Pretrained):
         self.config = config or XMCGANConfig()
         self.generator = Generator(self.config)
         self.discriminator = Discriminator(self.config)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._encoder: list[Any] = []  # in a list: not a submodule, not in the state dict
 
     @property
@@ -301,9 +302,9 @@ class XMCGAN(Pretrained):
             caption together; or as many PIL images.
         """
         captions = check_captions(captions)
-        for name, value in {"num_images": num_images, "batch_size": batch_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} is at least 1, not {value}")
+        for name, count in {"num_images": num_images, "batch_size": batch_size}.items():
+            if count < 1:
+                raise ValueError(f"{name} is at least 1, not {count}")
         for name, value, known in (
             ("output", output, ("tensor", "pil")), ("precision", precision, tuple(PRECISIONS)),
         ):  # fmt: skip
@@ -324,7 +325,7 @@ class XMCGAN(Pretrained):
         return to_pil(images) if output == "pil" else images
 
     def noise(self, captions: int, num_images: int, seed: int | None) -> Tensor:
-        """[captions * num_images, z_dim]: with a seed, picture k of every caption shares its own."""
+        """[captions * num_images, z_dim]; with a seed, picture k of every caption has the same."""
         width = self.config.z_dim
         if seed is None:
             return torch.randn(captions * num_images, width)

@@ -33,7 +33,7 @@ class Conv2d(nn.Conv2d):
         if self.up:
             weight = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
             weight = weight.transpose(0, 1).flip(2, 3)  # [C_in, C_out, 4, 4]
-            return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=self.padding)
+            return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
         return F.conv2d(x, self.weight, self.bias, padding=self.padding)
 
 

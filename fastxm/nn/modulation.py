@@ -124,9 +124,7 @@ class AttentionalModulation(nn.Module):
         glorot_normal_(self.query.weight, self.query.bias)
         self.tables = Tables(text_width + features, channels)
 
-    def forward(
-        self, x: Tensor, words: Tensor, lengths: Tensor, condition: Tensor
-    ) -> list[Pair]:
+    def forward(self, x: Tensor, words: Tensor, lengths: Tensor, condition: Tensor) -> list[Pair]:
         """For each layer gamma [B, C, h, w] and beta [B, C, h, w].
 
         Args:
