@@ -1,12 +1,16 @@
 // fastxm._C: every native kernel as a plain function over addresses, sizes and strides.
 // The front doors in fastxm/ops check and allocate; nothing here knows of torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "cpu/modulation.h"
 #include "cpu/simd.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using release = py::call_guard<py::gil_scoped_release>;
 
 py::dict build_info() {
   py::dict info;
@@ -25,4 +29,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastxm.";
   m.def("build_info", &build_info, "What was built and the instruction set used on this machine.");
+  m.def("modulation_cpu", &fastxm::modulation_cpu, release());
 }

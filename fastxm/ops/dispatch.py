@@ -113,9 +113,14 @@ def vjp(
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of statistics: float64 if a tensor has it, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of statistics: float64 stays, all else becomes float32."""
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    """The tensors in the dtype of statistics."""
+    dtype = wide_dtype(*tensors)
     return tuple(t.to(dtype) for t in tensors)
 
 
