@@ -73,7 +73,7 @@ def choose(op: str, device: torch.device, auto: str, offered: Sequence[str] = BA
         offered: the backends that the op has.
 
     Raises:
-        RuntimeError: the forced backend does not exist for this op or device.
+        NotImplementedError: the forced backend does not exist for this op or device.
     """
     if not forced:
         return auto
@@ -82,7 +82,7 @@ def choose(op: str, device: torch.device, auto: str, offered: Sequence[str] = BA
     if name == "triton" and interpreting():
         runs_on = None
     if name not in offered or (runs_on is not None and device.type != runs_on):
-        raise RuntimeError(f"{op} has no {name} backend for {device.type} tensors")
+        raise NotImplementedError(f"{op} has no {name} backend for {device.type} tensors")
     return name
 
 
