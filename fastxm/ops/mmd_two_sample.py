@@ -1,0 +1,136 @@
+"""What surrounds MMD in two-sample testing: its variance, permutation p-values, bandwidths."""
+
+import torch
+from torch import Tensor
+
+from fastxm.ops import dispatch
+from fastxm.ops.mmd import centred, check
+from fastxm.ops.mmd_kernels import RBF, Kernel
+from fastxm.ops.mmd_pairs import off_diagonal
+
+
+def mmd2_and_variance(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Unbiased MMD^2 and an unbiased estimate of the variance of it, for tests and their power.
+
+    Args:
+        x, y: [N, D], N >= 4, any floating dtype. Memory is O(N^2).
+        kernel: see mmd2. For kernels learned by power, maximise mmd2 / sqrt(max(variance, 1e-8)).
+
+    Returns:
+        two scalars, float32 (float64 for float64 inputs), differentiable to any order. The
+        estimate of the variance may be negative.
+
+    Raises:
+        ValueError: N and M differ, or fewer than 4 rows.
+
+    Source: Sutherland et al. 2017 (ICLR), in the sums a = Kxx 1, b = Kyy 1, p = Kxy 1, q = Kxy' 1,
+    diagonals of Kxx and Kyy zero.
+    """
+    check(x, y, kernel, "u_statistic")
+    m = len(x)
+    if m < 4:
+        raise ValueError(f"mmd2_and_variance needs 4 rows or more, not {m}")
+    with torch.autocast(x.device.type, enabled=False):
+        xx, yy, xy = _matrices(x, y, kernel)
+        xx, yy = xx * off_diagonal(xx), yy * off_diagonal(yy)
+        a, b, p, q = xx.sum(1), yy.sum(1), xy.sum(1), xy.sum(0)
+        variance = (
+            (2 / (m**2 * (m - 1) ** 2))
+            * (2 * _sq(a) - _sq(xx) + 2 * _sq(b) - _sq(yy))
+            - ((4 * m - 6) / (m**3 * (m - 1) ** 3)) * (a.sum() ** 2 + b.sum() ** 2)
+            + (4 * (m - 2) / (m**3 * (m - 1) ** 2)) * (_sq(p) + _sq(q))
+            - (4 * (m - 3) / (m**3 * (m - 1) ** 2)) * _sq(xy)
+            - ((8 * m - 12) / (m**5 * (m - 1))) * p.sum() ** 2
+            + (8 / (m**3 * (m - 1)))
+            * ((a.sum() + b.sum()) * p.sum() / m - (a * p).sum() - (b * q).sum())
+        )  # fmt: skip
+        mean = (a.sum() + b.sum()) / (m * (m - 1)) - 2 * p.sum() / m**2
+        return mean, variance
+
+
+def _sq(t: Tensor) -> Tensor:
+    return t.square().sum()
+
+
+def _matrices(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = dispatch.wide(x, y)
+    if all(k.radial for k in kernel.terms):
+        x, y = centred(x, y)
+    return kernel.matrix(x, x, same=True), kernel.matrix(y, y, same=True), kernel.matrix(x, y)
+
+
+def mmd_permutation_test(
+    x: Tensor,
+    y: Tensor,
+    kernel: Kernel,
+    permutations: int = 1000,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Unbiased MMD^2 and the share of relabellings of the rows that reach it.
+
+    Args:
+        x, y: [N, D] and [M, D], at least 2 rows each, any floating dtype.
+        kernel: see mmd2.
+        permutations: how many relabellings; all are read off one visit of the kernel matrix, whose
+            rows come in blocks: memory is O((N + M) (D + permutations)).
+        generator: of the device of x, for the relabellings.
+
+    Returns:
+        the statistic and p = (1 + number of permuted >= statistic) / (permutations + 1), float64
+        scalars without gradient.
+    """
+    check(x, y, kernel, "unbiased")
+    if permutations < 1:
+        raise ValueError(f"permutations must be 1 or more, not {permutations}")
+    n, m = len(x), len(y)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x, y = dispatch.wide(x, y)
+        z = torch.cat(centred(x, y) if all(k.radial for k in kernel.terms) else (x, y))
+        scores = torch.rand(n + m, permutations, generator=generator, device=x.device)
+        first = scores.argsort(0) < n  # a random n of the n + m rows, in each column
+        observed = torch.arange(n + m, device=x.device)[:, None] < n
+        first = torch.cat([observed, first], 1).double()  # [N + M, 1 + permutations]
+        statistics, rounding = _relabelled(z, kernel, first, n, m)
+        reached = (statistics[1:] >= statistics[0] - rounding).sum()
+        return statistics[0], (1 + reached.double()) / (permutations + 1)
+
+
+def _relabelled(
+    z: Tensor, kernel: Kernel, first: Tensor, n: int, m: int, block: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Unbiased MMD^2 for each column of `first` [N + M, P], and a bound of its rounding."""
+    diagonal = kernel.paired(z, z).double()
+    rows_of_first = torch.zeros_like(first[0])  # sum over i, j in x of k
+    crossing = torch.zeros_like(first[0])  # sum over i in x, j in y of k
+    total = first.new_zeros(())
+    for i in range(0, len(z), block):
+        k = kernel.matrix(z[i : i + block], z).double()
+        # a row's distance to itself is exactly 0
+        k.diagonal(i).copy_(diagonal[i : i + block])
+        sums = k @ first
+        rows_of_first += (first[i : i + block] * sums).sum(0)
+        crossing += ((1 - first[i : i + block]) * sums).sum(0)
+        total += k.sum()
+    own = diagonal @ first
+    xx = (rows_of_first - own) / (n * (n - 1))
+    yy = (total - rows_of_first - 2 * crossing - (diagonal.sum() - own)) / (m * (m - 1))
+    # relabellings that only swap x and y tie up to the order of their sums
+    rounding = 64 * torch.finfo(torch.float64).eps * (xx.abs() + yy.abs()).max()
+    return xx + yy - 2 * crossing / (n * m), rounding
+
+
+def median_heuristic(x: Tensor, y: Tensor) -> Tensor:
+    """Median distance between two of the N + M rows, a common RBF bandwidth.
+
+    Args:
+        x, y: [N, D] and [M, D], any floating dtype. Memory is O((N + M)^2): take a subsample.
+
+    Returns:
+        a scalar without gradient, the mean of the two middle values of an even number, float32
+        (float64 for float64 inputs). RBF(median) is exp(-d^2 / (2 median^2)).
+    """
+    check(x, y, RBF())
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        d = torch.pdist(torch.cat(dispatch.wide(x, y))).sort().values
+        return (d[(len(d) - 1) // 2] + d[len(d) // 2]) / 2
