@@ -9,8 +9,17 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastxm.ops import backend, modulation
 from fastxm.ops.modulation import _bwd, _fwd
 
-# B, C, h, w, k: odd sizes, vectors and their tails, one pixel a cell, one cell a plane
-SHAPES = [(1, 1, 1, 1, 2), (2, 3, 5, 3, 1), (3, 19, 2, 3, 4), (2, 33, 1, 1, 24), (2, 8, 4, 2, 16)]
+# B, C, h, w, k: odd sizes, vectors and their tails, one pixel a cell, one cell a plane; the last is
+# large enough that its sums are split
+SHAPES = [(1, 1, 1, 1, 2), (2, 3, 5, 3, 1), (3, 19, 2, 3, 4), (2, 33, 1, 1, 24), (2, 8, 4, 2, 16),
+          (1, 2, 1, 1, 96)]  # fmt: skip
+FEW_CHANNELS = [
+    (1, 1, 1, 1, 2),
+    (2, 3, 2, 3, 1),
+    (2, 5, 2, 3, 3),
+    (1, 2, 1, 1, 96),
+    (1, 3, 2, 4, 16),
+]
 NORMS = ["batch", "instance", "layer", "none"]
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
           (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
@@ -67,6 +76,17 @@ def test_dtypes(dtypes, last, device):
     assert out.dtype == x.dtype
     no_worse(modulation, formula, x, gamma, beta)
     no_worse(gradient(modulation, (0, 1, 2)), gradient(formula, (0, 1, 2)), x, gamma, beta)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", FEW_CHANNELS)
+def test_triton(shape, last, device):
+    maps = inputs(shape, device, last=last)
+    with backend("triton"):
+        no_worse(modulation, formula, *maps)
+        for norm, activation in (("batch", "relu"), ("layer", "none")):
+            pair = (with_norm(f, norm, activation) for f in (modulation, formula))
+            no_worse(*(gradient(f, (0, 1, 2)) for f in pair), *maps)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -189,7 +209,7 @@ def test_extremes(last, device):
 def test_empty(device):
     x = torch.zeros(0, 3, 4, 4, device=device, requires_grad=True)
     gamma = torch.zeros(0, 3, 2, 2, device=device)
-    out = modulation(x, gamma, gamma)
+    out = modulation(x, gamma, gamma, norm="instance")
     out.sum().backward()
     assert out.shape == x.grad.shape == x.shape
 
