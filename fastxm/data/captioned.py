@@ -1,7 +1,6 @@
 """Captioned pictures in memory, whatever they came from: `open_dataset` and `prepare`."""
 
 import os
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,14 +103,14 @@ def open_dataset(
     if image_size < 1:
         raise ValueError(f"image_size is at least 1, not {image_size}")
     source = open_source(name_or_path, options)
+    if len(source.pictures) < 2:
+        raise ValueError(too_few(name_or_path, len(source.pictures), source.skipped))
     images, manifest, directory = rendered(
         source, image_size, cache_dir=cache_dir, workers=workers, progress=progress, verify=verify
     )
     skipped = source.skipped + [(path, reason) for path, reason in manifest["skipped"]]
-    if len(manifest["ids"]) < 2:
-        raise ValueError(too_few(name_or_path, len(manifest["ids"]), skipped))
     if skipped:
-        log.warning("%s: %d pictures skipped, %d read", source.name, len(skipped), len(images))
+        log.warning("%s: %d pictures read, %d skipped", source.name, len(images), len(skipped))
     by_id = {picture.id: picture for picture in source.pictures}
     pictures = [by_id[id] for id in manifest["ids"]]
     whole = CaptionedImages(
@@ -125,7 +124,10 @@ def open_dataset(
         cache_dir=directory,
         skipped=skipped,
     )
-    return whole.select([i for i, p in enumerate(pictures) if p.split == split and not p.dropped])
+    rows = [i for i, p in enumerate(pictures) if p.split == split and not p.dropped]
+    if len(whole) < 2 or (split == "train" and len(rows) < 2):
+        raise ValueError(too_few(name_or_path, len(rows), skipped))
+    return whole.select(rows)
 
 
 def open_source(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> Source:
@@ -138,13 +140,12 @@ def open_source(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -
 
 
 def too_few(name: str | os.PathLike[str], found: int, skipped: list[tuple[str, str]]) -> str:
-    message = f"training needs at least 2 captioned pictures, found {found} in {name}"
+    message = f"a data set needs at least 2 captioned pictures to train on, found {found} in {name}"
     if not skipped:
         return message
-    reasons = Counter(reason for _, reason in skipped)
-    first = ", ".join(f"{Path(path).name} ({reason})" for path, reason in skipped[:3])
-    more = f" and {len(skipped) - 3} more" if len(reasons) and len(skipped) > 3 else ""
-    return f"{message}; skipped {len(skipped)}: {first}{more}"
+    shown = ", ".join(f"{Path(path).name} ({reason})" for path, reason in skipped[:3])
+    more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+    return f"{message}; skipped {len(skipped)}: {shown}{more}"
 
 
 def prepare(

@@ -4,21 +4,23 @@
     FOLDER/metadata.csv      a header with file_name and caption | text | ...
     FOLDER/a.png, a.txt      one caption a line
 
-Subfolders `train` and `val`, each with files like these, are the splits; without them every tenth
-picture, by the hash of its name, is in val.
+Subfolders `train` and `val`, each with files like these, are the splits; without both of them every
+tenth picture, by the hash of its name, is in val. Pictures are resized by an antialiased bilinear
+filter, transparent ones over white.
 """
 
 import csv
-import hashlib
 import json
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from fastxm.data.cache import digest
 from fastxm.data.pictures import Picture, Source, flatten, split_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -41,10 +43,9 @@ def source(path: Path, *, resize: str = "crop") -> Source:
         raise ValueError(f"resize is one of {RESIZES}, not {resize!r}")
     pictures: list[Picture] = []
     skipped: list[tuple[str, str]] = []
-    parts: list[tuple[Path, str | None]] = [
-        (path / name, name) for name in ("train", "val") if (path / name).is_dir()
-    ]
-    for root, split in parts or [(path, None)]:
+    parts = [(path / "train", "train"), (path / "val", "val")]
+    split_already = all(part.is_dir() for part, _ in parts)
+    for root, split in parts if split_already else [(path, None)]:
         for file, captions in captioned_files(root):
             captions = [" ".join(caption.split()) for caption in captions]
             captions = [caption for caption in captions if caption]
@@ -53,13 +54,12 @@ def source(path: Path, *, resize: str = "crop") -> Source:
             elif not captions:
                 skipped.append((str(file), "no caption"))
             else:
-                name = file.relative_to(path).as_posix()
+                name = os.path.relpath(file, path)
                 pictures.append(
                     Picture(name, str(file), captions, name, split or split_of(file.stem))
                 )
     stamps = [[p.id, (stat := Path(p.path).stat()).st_size, stat.st_mtime_ns] for p in pictures]
-    made_of = {"resize": resize, "path": str(path.resolve()), "stamps": sorted(stamps)}
-    made_of["stamps"] = hashlib.sha256(json.dumps(made_of["stamps"]).encode()).hexdigest()
+    made_of = {"resize": resize, "path": str(path.resolve()), "stamps": digest(sorted(stamps))}
     return Source(path.resolve().name, pictures, partial(read, resize=resize), made_of, skipped)
 
 
@@ -97,14 +97,15 @@ def captions_of(row: dict[str, Any], table: Path) -> list[str]:
     for column in COLUMNS:
         if column in row:
             value = row[column]
-            return [str(item) for item in value] if isinstance(value, list) else [str(value or "")]
+            values = value if isinstance(value, list) else [value]
+            return [str(item) for item in values if item is not None]
     raise ValueError(f"{table} has a row without a caption; looked for the columns {COLUMNS}")
 
 
 def read(path: str, size: int, *, resize: str) -> np.ndarray:
     """One picture. Returns uint8 [size, size, 3]."""
     with Image.open(path) as image:
-        picture = flatten(image)
+        picture = flatten(ImageOps.exif_transpose(image))
     box = None
     if resize == "crop":
         side = min(picture.size)

@@ -66,7 +66,7 @@ def rendered(
     progress: bool = True,
     verify: bool = False,
 ) -> tuple[np.ndarray, dict[str, Any], Path]:
-    """All pictures of a source at one size, read once.
+    """All pictures of a source, of which there is at least one, at one size; read once.
 
     Returns:
         images: uint8 [N, S, S, 3], a read-only memory map.
@@ -83,10 +83,7 @@ def rendered(
     directory = cache_root(cache_dir) / f"{source.name}-{image_size}-{digest(made_of)}"
     fill = partial(write_images, source, pictures, image_size, workers, progress)
     manifest = build_once(directory, made_of, fill, verify=verify)
-    if manifest["ids"]:
-        images = np.load(directory / "images.npy", mmap_mode="r")[: len(manifest["ids"])]
-    else:
-        images = np.zeros((0, image_size, image_size, 3), np.uint8)
+    images = np.load(directory / "images.npy", mmap_mode="r")[: len(manifest["ids"])]
     return images, manifest, directory
 
 
@@ -98,7 +95,7 @@ def write_images(
     progress: bool,
     directory: Path,
 ) -> dict[str, Any]:
-    shape = (max(1, len(pictures)), image_size, image_size, 3)
+    shape = (len(pictures), image_size, image_size, 3)
     images = np.lib.format.open_memmap(directory / "images.npy", "w+", np.uint8, shape)
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
