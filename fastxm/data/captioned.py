@@ -103,8 +103,8 @@ def open_dataset(
     if image_size < 1:
         raise ValueError(f"image_size is at least 1, not {image_size}")
     source = open_source(name_or_path, options)
-    if len(source.pictures) < 2:
-        raise ValueError(too_few(name_or_path, len(source.pictures), source.skipped))
+    if not source.pictures:
+        raise ValueError(too_few(name_or_path, 0, source.skipped))
     images, manifest, directory = rendered(
         source, image_size, cache_dir=cache_dir, workers=workers, progress=progress, verify=verify
     )
@@ -125,8 +125,10 @@ def open_dataset(
         skipped=skipped,
     )
     rows = [i for i, p in enumerate(pictures) if p.split == split and not p.dropped]
-    if len(whole) < 2 or (split == "train" and len(rows) < 2):
-        raise ValueError(too_few(name_or_path, len(rows), skipped))
+    if len(whole) < 2:
+        raise ValueError(too_few(name_or_path, len(whole), skipped))
+    if split == "train" and len(rows) < 2:
+        raise ValueError(too_few(f"{name_or_path}, split train", len(rows), skipped))
     return whole.select(rows)
 
 

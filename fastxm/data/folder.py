@@ -66,12 +66,12 @@ def source(path: Path, *, resize: str = "crop") -> Source:
 def captioned_files(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """The pictures under a folder and their captions, as its metadata or the .txt files say."""
     found: dict[Path, list[str]] = {}
-    tables = [root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()]
+    tables = sorted([*root.rglob("metadata.jsonl"), *root.rglob("metadata.csv")])
     for table in tables:
         for line in rows_of(table):
             if not line.get("file_name"):
                 raise ValueError(f"{table} has a row without file_name")
-            found.setdefault(root / line["file_name"], []).extend(captions_of(line, table))
+            found.setdefault(table.parent / line["file_name"], []).extend(captions_of(line, table))
     if not tables:
         for file in sorted(root.rglob("*")):
             if file.suffix.lower() in SUFFIXES:
