@@ -59,9 +59,10 @@ def test_derivative_reaches_the_picture():
     net = image_encoder("efficientnet-lite0").double()
     x = waves(32).double().requires_grad_()
     (dx,) = torch.autograd.grad(net(x).square().sum(), x)
-    step = 1e-6 * F.normalize(torch.randn_like(x).flatten(), dim=0).view_as(x)
+    # so small a step that no ReLU6 changes sides
+    step = 1e-8 * F.normalize(torch.randn_like(x).flatten(), dim=0).view_as(x)
     rise = net(x + step).square().sum() - net(x - step).square().sum()
-    torch.testing.assert_close((dx * step).sum(), rise / 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close((dx * step).sum(), rise / 2, rtol=1e-4, atol=0)
     assert all(p.grad is None and not p.requires_grad for p in net.parameters())
 
 
