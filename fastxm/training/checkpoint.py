@@ -101,12 +101,12 @@ def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
 
 def random_state() -> dict[str, Any]:
     """The position of every global random generator, as plain values and tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.copy()), position, has_gauss, gauss],
+        "numpy": [kind, torch.from_numpy(np.array(keys)), *rest],
     }
 
 

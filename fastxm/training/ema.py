@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -31,7 +31,8 @@ class EMA:
         decay = self.decay
         if self.ramp:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        averages, parameters = list(self.network.parameters()), list(network.parameters())
+        averages: list[Tensor] = list(self.network.parameters())
+        parameters: list[Tensor] = list(network.parameters())
         torch._foreach_lerp_(averages, parameters, 1 - decay)
         for mine, live in zip(self.network.buffers(), network.buffers()):
             mine.copy_(live)

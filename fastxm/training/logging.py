@@ -137,7 +137,7 @@ def grid(images: Tensor, captions: list[str], *, columns: int = 8, lines: int = 
     for i, (pixels, caption) in enumerate(zip(bytes_.permute(0, 2, 3, 1), captions)):
         x, y = gap + i % columns * cell[0], gap + i // columns * cell[1]
         picture = Image.fromarray(pixels.contiguous().numpy()).resize(
-            (width, height), Image.BICUBIC
+            (width, height), Image.Resampling.BICUBIC
         )
         sheet.paste(picture, (x, y))
         text = "\n".join(wrap(caption, width, font)[:lines])

@@ -106,7 +106,8 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         ValueError: `out` holds a run and `resume` is false, or the checkpoint is another system's.
         NonFiniteLoss: training diverged.
     """
-    last = (checkpoint.steps(out / "checkpoints") or [None])[-1]
+    kept = checkpoint.steps(out / "checkpoints")
+    last = kept[-1] if kept else None
     if not resume and (last or (out / "metrics.jsonl").exists()):
         raise ValueError(
             f"{out} already holds a run: add --resume to go on, or choose another --out"
@@ -230,11 +231,11 @@ def stop_signals() -> Iterator[list[int]]:
     A second signal acts as it always does.
     """
     received: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: object) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

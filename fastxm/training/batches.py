@@ -1,0 +1,77 @@
+"""Batches of pictures and text features on the training device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxm.data import BatchSampler, CaptionedImages, TextFeatures
+
+Batch = dict[str, Any]
+
+
+class CaptionedBatches:
+    """Endless batches of a data set; the sampler's position is the state.
+
+    A batch holds image [B, 3, S, S] in [0, 1], words [B, T, E], sentence [B, E], lengths [B],
+    index [B] and caption, a list of B texts.
+
+    Args:
+        dataset: pictures and captions.
+        features: text features of every caption.
+        batch_size: B.
+        seed: of the sampler.
+        flip: mirrors half of the pictures.
+        device: where the tensors go.
+    """
+
+    def __init__(
+        self,
+        dataset: CaptionedImages,
+        features: TextFeatures,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        self.dataset, self.features = dataset, features
+        self.flip, self.device = flip, torch.device(device)
+        self.sampler = BatchSampler(dataset, batch_size, seed=seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for indices, numbers in self.sampler:
+            yield self.batch(indices, numbers)
+
+    def batch(self, indices: Tensor, numbers: Tensor) -> Batch:
+        """The pictures `indices` [B] with their captions `numbers` [B]."""
+        image = self.dataset.batch(indices)
+        if self.flip:
+            mirrored = torch.rand(len(image)) < 0.5
+            image = torch.where(mirrored[:, None, None, None], image.flip(3), image)
+        text = self.features.batch(self.features.row(indices, numbers))
+        tensors = {"image": image, **text, "index": indices}
+        batch: Batch = {name: self.place(tensor) for name, tensor in tensors.items()}
+        pairs = zip(indices.tolist(), numbers.tolist())
+        return {**batch, "caption": [self.dataset.captions[i][k] for i, k in pairs]}
+
+    def place(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Consecutive parts of a batch, of equal size."""
+    size = len(batch["caption"]) // parts
+    return [
+        {name: value[i * size : (i + 1) * size] for name, value in batch.items()}
+        for i in range(parts)
+    ]

@@ -1,0 +1,46 @@
+"""Where and how arithmetic is done: device, autocast, loss scaling, seeds."""
+
+import random
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import numpy as np
+import torch
+
+Precision = Literal["bf16", "fp16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is auto, cpu or cuda, not {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but this machine or this torch has no CUDA device")
+    return device
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Raises ValueError where the device cannot compute in this precision."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16: use --precision fp16")
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """Convolutions and matrix products in the given precision; float32 leaves all as it is."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def seed_all(seed: int) -> None:
+    """Seeds every global random generator."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
