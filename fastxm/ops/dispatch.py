@@ -20,6 +20,8 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # the forced backends, the innermost last; of the whole process, since autograd runs the backward of
 # CUDA tensors in threads of its own
 forced: list[str] = []
+# op -> the backend that it ran on last, for `fastxm doctor`
+last: dict[str, str] = {}
 
 
 @contextlib.contextmanager
@@ -43,6 +45,11 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         forced.pop()
+
+
+def build_info() -> dict[str, object]:
+    """What fastxm._C was made of, and the instruction set that it uses here."""
+    return dict(_C.build_info())
 
 
 def missing(name: str) -> str | None:
@@ -75,9 +82,10 @@ def choose(op: str, device: torch.device, auto: str, offered: Sequence[str] = BA
     Raises:
         NotImplementedError: the forced backend does not exist for this op or device.
     """
+    name = forced[-1] if forced else auto
+    last[op] = name
     if not forced:
         return auto
-    name = forced[-1]
     runs_on = {"reference": None, "cpu": "cpu", "cuda": "cuda", "triton": "cuda"}[name]
     if name == "triton" and interpreting():
         runs_on = None

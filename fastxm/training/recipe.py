@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastxm.training.config import plain
+
 State = dict[str, Any]
 
 
@@ -59,14 +61,12 @@ class Recipe(ABC):
     """
 
     system: str
+    config: Any  # a dataclass
+    unbound: tuple[str, ...] = ()  # fields of config that may change between parts of a run
     images_per_step: int
     device: torch.device
     players: dict[str, Player]
     batches: Batches
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with this recipe to be resumed by it; plain values."""
 
     @abstractmethod
     def build(self) -> None:
@@ -79,6 +79,12 @@ class Recipe(ABC):
     @abstractmethod
     def export(self, directory: Path) -> None:
         """Writes the model to sample from."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with this recipe to be resumed by it; plain values."""
+        fields = plain(self.config)
+        bound = {name: value for name, value in fields.items() if name not in self.unbound}
+        return {"system": self.system, **bound}
 
     def sample(self) -> Samples | None:
         """The same captions from the same noise at every call; None where nothing is drawn."""

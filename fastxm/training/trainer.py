@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastxm.training import checkpoint
+from fastxm.training import config as configs
 from fastxm.training.logging import RunLog
 from fastxm.training.recipe import Recipe
 
@@ -112,9 +113,9 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         raise ValueError(
             f"{out} already holds a run: add --resume to go on, or choose another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
     recipe.build()
     progress = restore(recipe, last) if last else Progress()
+    configs.write(out / "config.yaml", recipe.system, recipe.config)
     with RunLog(out, progress.step) as log, stop_signals() as stopped:
         run = Loop(recipe, out, loop, log, progress)
         while not run.finished() and not stopped:
@@ -199,9 +200,8 @@ class Loop:
             "sums": self.at.sums,
             "counted": self.at.counted,
         }
-        identity = {"system": self.recipe.system, **self.recipe.identity()}
         folder, keep = self.out / "checkpoints", self.loop.keep_checkpoints
-        checkpoint.save(folder, self.at.step, identity, state, keep)
+        checkpoint.save(folder, self.at.step, self.recipe.identity(), state, keep)
         self.saved_at = self.at.step
 
     def close(self, interrupted: bool) -> Run:
@@ -216,8 +216,7 @@ class Loop:
 
 def restore(recipe: Recipe, path: Path) -> Progress:
     """Puts a built recipe and the global random generators where a checkpoint left them."""
-    identity = {"system": recipe.system, **recipe.identity()}
-    step, state = checkpoint.load(path, identity)
+    step, state = checkpoint.load(path, recipe.identity())
     recipe.load_state_dict(state["recipe"])
     checkpoint.set_random_state(state["random"])
     sums = {name: value.to(recipe.device) for name, value in state["sums"].items()}

@@ -22,7 +22,6 @@ from fastxm.data import CaptionedImages, open_dataset, text_features
 from fastxm.data.transforms import augment
 from fastxm.encoders import image_encoder, text_encoder
 from fastxm.models.xmcgan import XMCGAN, XMCGANConfig
-from fastxm.training import config as configs
 from fastxm.training.batches import Batch, CaptionedBatches, split
 from fastxm.training.ema import EMA
 from fastxm.training.precision import Precision, autocast, check_precision, pick_device, seed_all
@@ -96,17 +95,13 @@ class XMCGANRecipe(Recipe):
     """
 
     system = "xmcgan"
+    unbound = ("loop", "device", "compile")
 
     def __init__(self, config: XMCGANTraining):
         self.config = config
         self.images_per_step = config.batch_size * config.d_steps_per_g
         self.device = pick_device(config.device)
         check_precision(config.precision, self.device)
-
-    def identity(self) -> dict[str, Any]:
-        # how it is run may change between the parts of a run; what is computed may not
-        fields = configs.plain(self.config)
-        return {k: v for k, v in fields.items() if k not in ("loop", "device", "compile")}
 
     def build(self) -> None:
         config = self.config

@@ -87,6 +87,17 @@ def test_a_run_is_not_overwritten(tmp_path):
         train(Toy(), tmp_path, LOOP)
 
 
+def test_another_configuration_does_not_go_on(tmp_path):
+    train(Toy(width=3), tmp_path, LoopConfig(steps=3, log_every=3))
+    before = (tmp_path / "metrics.jsonl").read_bytes(), (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="another run: width was 3, now 4"):
+        train(Toy(width=4), tmp_path, LOOP, resume=True)
+    assert before == (
+        (tmp_path / "metrics.jsonl").read_bytes(),
+        (tmp_path / "config.yaml").read_bytes(),
+    )
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"loss = nan.*steps 10 to 12.*step-00000007"):
         train(Toy(nan_at=10), tmp_path, LOOP)

@@ -4,8 +4,8 @@
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,11 @@ class Counter:
         self.position = state["position"]
 
 
+@dataclass(frozen=True)
+class ToyConfig:
+    width: int
+
+
 class Toy(Recipe):
     """A linear map and Adam; the loss draws from all three global generators."""
 
@@ -41,16 +46,14 @@ class Toy(Recipe):
     device = torch.device("cpu")
 
     def __init__(self, width: int = 3, nan_at: int = -1):
-        self.width, self.nan_at, self.steps_done = width, nan_at, 0
-
-    def identity(self) -> dict[str, Any]:
-        return {"width": self.width}
+        self.config = ToyConfig(width)
+        self.nan_at, self.steps_done = nan_at, 0
 
     def build(self) -> None:
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
-        network = nn.Linear(3, self.width)
+        network = nn.Linear(3, self.config.width)
         optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
         self.players, self.batches = {"net": Player(network, optimizer)}, Counter()
 

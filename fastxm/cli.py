@@ -1,0 +1,324 @@
+"""The command line: prepare, train, sample, evaluate, bench, doctor, demo."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+from rich.console import Console
+
+import fastxm
+
+if TYPE_CHECKING:
+    from fastxm.models.xmcgan import XMCGAN
+    from fastxm.training.trainer import Run
+
+DEFAULT_PRESET = "emoji-64"
+DEMO_CAPTIONS = [
+    "a red apple",
+    "a green frog",
+    "a yellow smiling face",
+    "a blue heart",
+    "a slice of pizza",
+    "a brown dog",
+    "a house with a garden",
+    "the flag of France",
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; what the user can mend ends as one line on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(fastxm.__version__)
+        return 0
+    try:
+        return command(arguments[0])(arguments[1:]) or 0
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if traceback or not expected(error):
+            raise
+        print(f"fastxm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def expected(error: Exception) -> bool:
+    """Whether an error is an answer to what the user asked for, not a fault of the program."""
+    from fastxm.training.trainer import NonFiniteLoss
+
+    return not isinstance(error, RuntimeError) or isinstance(error, NonFiniteLoss)
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:{width}}  {explain(run)}" for name, run in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastxm COMMAND ... [--help] [--traceback]",
+            "",
+            "Cross-modal generators, trained fast.",
+            "",
+            *rows,
+        ]
+    )
+
+
+def explain(run: Callable[..., Any]) -> str:
+    return (run.__doc__ or "").splitlines()[0]
+
+
+def command(name: str) -> Callable[[list[str]], int | None]:
+    if name not in COMMANDS:
+        raise ValueError(f"no command {name!r}: there are {', '.join(COMMANDS)}")
+    return COMMANDS[name]
+
+
+def parse(what: Any, name: str, arguments: list[str], **options: Any) -> Any:
+    """Flags from a dataclass or a function, by its types."""
+    return tyro.cli(what, prog=f"fastxm {name}", args=arguments, **options)
+
+
+def say(*lines: str) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def prepare(arguments: list[str]) -> None:
+    """Read a data set and encode its captions into the cache."""
+
+    def run(
+        data: tyro.conf.Positional[str] = "emoji",
+        /,
+        image_size: int = 64,
+        text_encoder: str = "minilm",
+        words: int = 17,
+    ) -> None:
+        """Read a data set and encode its captions into the cache, once.
+
+        Args:
+            data: "emoji", or a folder of captioned pictures.
+            image_size: side of the pictures.
+            text_encoder: minilm, a local directory or a hub name; "none" leaves captions as text.
+            words: word slots of a caption.
+        """
+        from fastxm import data as sets
+        from fastxm import encoders
+
+        encoder = None
+        if text_encoder != "none":
+            encoder = encoders.text_encoder(text_encoder, max_length=words)
+        splits = sets.prepare(data, image_size, encoder)
+        counts = ", ".join(f"{len(part)} {name}" for name, part in splits.items())
+        train = splits["train"]
+        say(f"{train.name}: {counts} pictures of {image_size} px in {train.cache_dir}")
+        for path, reason in train.skipped:
+            say(f"skipped {path}: {reason}")
+
+    parse(run, "prepare", arguments)
+
+
+def train(arguments: list[str]) -> None:
+    """Train a system: xmcgan or dual-encoder."""
+    systems = {"xmcgan": train_xmcgan, "dual-encoder": train_dual_encoder}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {', '.join(systems)}")
+        return
+    if arguments[0] not in systems:
+        raise ValueError(f"no system {arguments[0]!r} to train: there are {', '.join(systems)}")
+    systems[arguments[0]](arguments[1:])
+
+
+def train_xmcgan(arguments: list[str]) -> "Run":
+    """Train XMC-GAN; a preset or the run to resume gives what the flags leave out."""
+    from fastxm.training import config as configs
+    from fastxm.training.trainer import train as loop
+    from fastxm.training.xmcgan import XMCGANRecipe, XMCGANTraining
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """Train XMC-GAN; flags override the preset, with --resume the run's configuration."""
+
+        config: XMCGANTraining
+        preset: str | None = None
+        """A named configuration (emoji-64 if not given)."""
+        out: Path | None = None
+        """The run's directory (runs/xmcgan-DATA-PRESET if not given)."""
+        resume: bool = False
+        """Go on from the last checkpoint in the run's directory."""
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--out", type=Path)
+    first.add_argument("--data")
+    first.add_argument("--resume", action="store_true")
+    known, _ = first.parse_known_args(arguments)
+    preset = known.preset or DEFAULT_PRESET
+    values, where = configs.preset("xmcgan", preset), f"preset {preset}"
+    data = known.data or values.get("data", "emoji")
+    out = known.out or Path("runs") / f"xmcgan-{Path(data).name}-{preset}"
+    if known.resume and not known.preset:
+        where = str(out / "config.yaml")
+        values = configs.read(out / "config.yaml", "xmcgan")
+    default = Arguments(configs.construct(XMCGANTraining, values, where), preset, out)
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    asked = parse(Arguments, "train xmcgan", arguments, default=default, config=flat)
+    recipe = XMCGANRecipe(asked.config)
+    run = loop(recipe, asked.out, asked.config.loop, resume=asked.resume)
+    finish(run)
+    return run
+
+
+def finish(run: "Run") -> None:
+    """Says where everything is."""
+    state = "interrupted" if run.interrupted else "done"
+    say(
+        f"{state} after {run.step} steps, {run.seconds / 60:.1f} minutes of training",
+        f"run:          {run.out}",
+        f"checkpoints:  {run.out / 'checkpoints'}",
+        f"model:        {run.model}",
+    )
+    if run.grid:
+        say(f"sample grid:  {run.grid}")
+    if run.interrupted:
+        say(f"go on with the same command and --resume --out {run.out}")
+
+
+def train_dual_encoder(arguments: list[str]) -> None:
+    """Train the dual encoder that ranks pictures and captions."""
+    raise NotImplementedError
+
+
+def sample(arguments: list[str]) -> None:
+    """Draw pictures of captions into one PNG."""
+
+    def run(
+        captions: tyro.conf.Positional[list[str]],
+        /,
+        model: Path,
+        out: Path = Path("grid.png"),
+        num_images: int = 4,
+        seed: int = 0,
+        device: str = "auto",
+    ) -> None:
+        """Draw pictures of captions into one PNG, a row for each caption.
+
+        Args:
+            captions: what to draw.
+            model: a run's directory, or a model's.
+            out: the picture to write.
+            num_images: pictures of each caption.
+            seed: of the noise; the same seed gives the same pictures.
+            device: auto, cpu or cuda.
+        """
+        from fastxm.training.logging import grid
+
+        if not captions:
+            raise ValueError("sample needs at least one caption")
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, not {num_images}")
+        images = load(model, device).generate(captions, num_images=num_images, seed=seed)
+        columns = num_images if num_images > 1 else 8
+        texts = [caption for caption in captions for _ in range(num_images)]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        grid(images, texts, columns=columns).save(out, format="PNG")
+        say(f"sample grid:  {out}")
+
+    parse(run, "sample", arguments)
+
+
+def load(path: Path, device: str) -> "XMCGAN":
+    """The model of a run's or a model's directory, on a device.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from fastxm import XMCGAN
+    from fastxm.training.precision import pick_device
+
+    found = [folder for folder in (path / "model", path) if (folder / "config.json").is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"no model in {path}: give a finished run's directory, or a model's"
+        )
+    return XMCGAN.from_pretrained(found[0]).to(pick_device(device))
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure a model: EffLite0-FD and retrieval."""
+    raise NotImplementedError
+
+
+def bench(arguments: list[str]) -> int:
+    """Time the ops, or one of them, against plain PyTorch."""
+    folder = Path(fastxm.__file__).parent.parent / "benchmarks"
+    scripts = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if not scripts:
+        raise FileNotFoundError(f"no benchmarks in {folder}: they come with a checkout of fastxm")
+    if arguments and arguments[0] in ("-h", "--help"):
+        say("usage: fastxm bench [NAME] [flags of the script]", "", f"NAME: {', '.join(scripts)}")
+        return 0
+    chosen, rest = list(scripts.values()), arguments
+    if arguments and not arguments[0].startswith("-"):
+        if arguments[0] not in scripts:
+            raise ValueError(f"no benchmark {arguments[0]!r}: there are {', '.join(scripts)}")
+        chosen, rest = [scripts[arguments[0]]], arguments[1:]
+    codes = [subprocess.run([sys.executable, str(path), *rest], check=False).returncode
+             for path in chosen]  # fmt: skip
+    return max(codes)
+
+
+def doctor(arguments: list[str]) -> None:
+    """Say what was built, what the machine has, and what is missing."""
+    from fastxm.doctor import report
+
+    def run() -> None:
+        """Say what was built, what the machine has, and what is missing."""
+        report(Console())
+
+    parse(run, "doctor", arguments)
+
+
+def demo(arguments: list[str]) -> None:
+    """Prepare emoji, train XMC-GAN on the CPU for a quarter of an hour, and draw."""
+
+    def run(out: Path = Path("runs/demo"), minutes: float | None = None) -> None:
+        """Prepare emoji, train XMC-GAN on the CPU for a quarter of an hour, and draw.
+
+        Args:
+            out: the run's directory; a demo that was stopped goes on there.
+            minutes: of training, instead of the preset's.
+        """
+        prepare(["emoji"])
+        flags = ["--preset", "cpu-demo", "--out", str(out)]
+        if minutes is not None:
+            flags += ["--max-minutes", str(minutes)]
+        if (out / "config.yaml").exists():
+            flags.append("--resume")
+        train_xmcgan(flags)
+        sample([*DEMO_CAPTIONS, "--model", str(out), "--out", str(out / "demo.png")])
+
+    parse(run, "demo", arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "prepare": prepare,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "bench": bench,
+    "doctor": doctor,
+    "demo": demo,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
