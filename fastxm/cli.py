@@ -149,10 +149,10 @@ def train_xmcgan(arguments: list[str]) -> "Run":
         """Train XMC-GAN; flags override the preset, with --resume the run's configuration."""
 
         config: XMCGANTraining
-        preset: str | None = None
-        """A named configuration (emoji-64 if not given)."""
-        out: Path | None = None
-        """The run's directory (runs/xmcgan-DATA-PRESET if not given)."""
+        preset: str
+        """A named configuration."""
+        out: Path
+        """The run's directory."""
         resume: bool = False
         """Go on from the last checkpoint in the run's directory."""
 
@@ -170,7 +170,7 @@ def train_xmcgan(arguments: list[str]) -> "Run":
         where = str(out / "config.yaml")
         values = configs.read(out / "config.yaml", "xmcgan")
     default = Arguments(configs.construct(XMCGANTraining, values, where), preset, out)
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    flat = (tyro.conf.OmitArgPrefixes,)
     asked = parse(Arguments, "train xmcgan", arguments, default=default, config=flat)
     recipe = XMCGANRecipe(asked.config)
     run = loop(recipe, asked.out, asked.config.loop, resume=asked.resume)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastxm.data import BatchSampler, CaptionedImages, TextFeatures
+from fastxm.data.transforms import random_flip
 
 Batch = dict[str, Any]
 
@@ -48,8 +49,7 @@ class CaptionedBatches:
         """The pictures `indices` [B] with their captions `numbers` [B]."""
         image = self.dataset.batch(indices)
         if self.flip:
-            mirrored = torch.rand(len(image)) < 0.5
-            image = torch.where(mirrored[:, None, None, None], image.flip(3), image)
+            image = random_flip(image)
         text = self.features.batch(self.features.row(indices, numbers))
         tensors = {"image": image, **text, "index": indices}
         batch: Batch = {name: self.place(tensor) for name, tensor in tensors.items()}

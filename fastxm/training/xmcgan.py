@@ -10,6 +10,7 @@ is never trained on contrastive losses of generated pictures.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from fastxm import losses
 from fastxm.data import CaptionedImages, open_dataset, text_features
 from fastxm.data.transforms import augment
-from fastxm.encoders import image_encoder, text_encoder
+from fastxm.encoders import EfficientNetLite0, image_encoder, text_encoder
 from fastxm.models.xmcgan import XMCGAN, XMCGANConfig
 from fastxm.training.batches import Batch, CaptionedBatches, split
 from fastxm.training.ema import EMA
@@ -111,8 +112,9 @@ class XMCGANRecipe(Recipe):
             model = dataclasses.replace(config.model, text_width=encoder.width)
             self.config = config = dataclasses.replace(config, model=model)
         self.batches = self.open(encoder)
-        self.model = XMCGAN(config.model).train().to(self.device, memory_format=torch.channels_last)
-        self.generator, self.discriminator = self.model.generator, self.model.discriminator
+        self.model = XMCGAN(config.model).train().to(self.device)  # channels_last by itself
+        self.generator: Callable[..., Any] = self.model.generator
+        self.discriminator: Callable[..., Any] = self.model.discriminator
         self.players = {
             "generator": self.player(self.generator, config.lr_g),
             "discriminator": self.player(self.discriminator, config.lr_d),
@@ -147,10 +149,9 @@ class XMCGANRecipe(Recipe):
         betas = (self.config.beta1, self.config.beta2)
         return Player(network, torch.optim.Adam(network.parameters(), lr, betas, fused=True))
 
-    def pretrained(self) -> nn.Module:
-        network = image_encoder("efficientnet-lite0").to(self.device).eval().requires_grad_(False)
-        network.image_size = self.config.pretrained_size
-        return network
+    def pretrained(self) -> EfficientNetLite0:
+        size = self.config.pretrained_size
+        return image_encoder("efficientnet-lite0", image_size=size).to(self.device)
 
     def compile(self) -> None:
         # two gradients are taken from one forward: its buffers may not be given away by the first
