@@ -128,8 +128,8 @@ def prepare(arguments: list[str]) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    """Train a system: xmcgan or dual-encoder."""
-    systems = {"xmcgan": train_xmcgan, "dual-encoder": train_dual_encoder}
+    """Train a system: xmcgan."""
+    systems = {"xmcgan": train_xmcgan}
     if not arguments or arguments[0] in ("-h", "--help"):
         say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {', '.join(systems)}")
         return
@@ -193,11 +193,6 @@ def finish(run: "Run") -> None:
         say(f"go on with the same command and --resume --out {run.out}")
 
 
-def train_dual_encoder(arguments: list[str]) -> None:
-    """Train the dual encoder that ranks pictures and captions."""
-    raise NotImplementedError
-
-
 def sample(arguments: list[str]) -> None:
     """Draw pictures of captions into one PNG."""
 
@@ -251,11 +246,6 @@ def load(path: Path, device: str) -> "XMCGAN":
             f"no model in {path}: give a finished run's directory, or a model's"
         )
     return XMCGAN.from_pretrained(found[0]).to(pick_device(device))
-
-
-def evaluate(arguments: list[str]) -> None:
-    """Measure a model: EffLite0-FD and retrieval."""
-    raise NotImplementedError
 
 
 def bench(arguments: list[str]) -> int:
@@ -314,7 +304,6 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "prepare": prepare,
     "train": train,
     "sample": sample,
-    "evaluate": evaluate,
     "bench": bench,
     "doctor": doctor,
     "demo": demo,

@@ -62,18 +62,15 @@ def steps(folder: Path) -> list[Path]:
     return sorted(complete, key=lambda p: int(p.name.removeprefix(PREFIX)))
 
 
-def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Reads a checkpoint of the same system and configuration.
+def check(path: Path, identity: dict[str, Any]) -> int:
+    """The step of a checkpoint of the same system and configuration; its state is not read.
 
     Args:
         path: a checkpoint's directory.
         identity: as given to `save`.
 
-    Returns:
-        the step, and the state with tensors on the CPU.
-
     Raises:
-        ValueError: the checkpoint is of another model or configuration, or cannot be read.
+        ValueError: the checkpoint is of another model or configuration, or is none.
     """
     try:
         header = json.loads((path / "checkpoint.json").read_text())
@@ -82,6 +79,22 @@ def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         raise ValueError(f"{path} is not a checkpoint: {error}") from error
     if different := differences(theirs, json.loads(json.dumps(identity))):
         raise ValueError(f"{path} is a checkpoint of another run: {'; '.join(different[:4])}")
+    return step
+
+
+def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Reads a checkpoint.
+
+    Args:
+        path, identity: as in `check`.
+
+    Returns:
+        the step, and the state with tensors on the CPU.
+
+    Raises:
+        ValueError: as `check`, or the state cannot be read.
+    """
+    step = check(path, identity)
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file

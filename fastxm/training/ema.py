@@ -1,13 +1,15 @@
 """The moving average of a network's parameters."""
 
 import copy
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+N = TypeVar("N", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[N]):
     """Averages parameters as theta_ema <- d theta_ema + (1 - d) theta; buffers are copied.
 
     Batch normalisation's running statistics therefore stay those of the live network.
@@ -19,14 +21,14 @@ class EMA:
             not carry its first weights to the end.
     """
 
-    def __init__(self, network: nn.Module, decay: float = 0.999, *, ramp: bool = False):
+    def __init__(self, network: N, decay: float = 0.999, *, ramp: bool = False):
         if not 0 <= decay < 1:
             raise ValueError(f"an EMA's decay is in [0, 1), not {decay}")
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay, self.ramp, self.updates = decay, ramp, 0
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
+    def update(self, network: N) -> None:
         """Moves the average towards `network`, once after each of its updates."""
         decay = self.decay
         if self.ramp:

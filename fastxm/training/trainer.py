@@ -113,6 +113,8 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         raise ValueError(
             f"{out} already holds a run: add --resume to go on, or choose another --out"
         )
+    if last:
+        checkpoint.check(last, recipe.identity())
     recipe.build()
     progress = restore(recipe, last) if last else Progress()
     configs.write(out / "config.yaml", recipe.system, recipe.config)

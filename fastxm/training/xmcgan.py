@@ -9,7 +9,6 @@ is never trained on contrastive losses of generated pictures.
 (Zhang et al., XMC-GAN, CVPR 2021, section 4; the schedule is that of the released code.)
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,8 +108,8 @@ class XMCGANRecipe(Recipe):
         seed_all(config.seed)
         encoder = text_encoder(config.model.text_encoder, max_length=config.model.words)
         if encoder.width != config.model.text_width:
-            model = dataclasses.replace(config.model, text_width=encoder.width)
-            self.config = config = dataclasses.replace(config, model=model)
+            name, width = config.model.text_encoder, config.model.text_width
+            raise ValueError(f"{name} has text_width {encoder.width}, the configuration {width}")
         self.batches = self.open(encoder)
         self.model = XMCGAN(config.model).train().to(self.device)  # channels_last by itself
         self.generator: Callable[..., Any] = self.model.generator

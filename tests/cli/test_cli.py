@@ -1,0 +1,155 @@
+"""The commands as a user types them: what they leave, what they say, how they refuse."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fastxm import cli
+from fastxm.training import config as configs
+from fastxm.training.xmcgan import XMCGANTraining
+
+TINY = ["--gf", "2", "--df", "2", "--z-dim", "4", "--cond-dim", "4", "--image-size", "64",
+        "--batch-size", "3", "--precision", "fp32", "--pretrained-weight", "0", "--samples", "2",
+        "--device", "cpu", "--log-every", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("data") / "pictures"
+    where.mkdir()
+    for i, colour in enumerate(["red", "green", "blue", "white", "black", "pink"]):
+        Image.new("RGB", (64, 64), colour).save(where / f"{colour}.png")
+        (where / f"{colour}.txt").write_text(f"a {colour} picture, number {i}\n")
+    return where
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A finished run of two steps."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTXM_DATA", str(folder.parent / "cache"))
+        flags = [*TINY, "--steps", "2", "--out", str(out)]
+        assert cli.main(["train", "xmcgan", "--data", str(folder), *flags]) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def cache(folder, monkeypatch):
+    monkeypatch.setenv("FASTXM_DATA", str(folder.parent / "cache"))
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that a refusal says."""
+    assert cli.main(list(arguments)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("fastxm: error: ")
+    return said.err
+
+
+def test_help_needs_no_torch():
+    program = (
+        "import sys; from fastxm.cli import main; assert main(['--help']) == 0; "
+        "assert 'torch' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert all(f"\n  {name} " in found.stdout for name in cli.COMMANDS)
+
+
+def test_a_run_can_be_sampled_and_resumed(folder, run, tmp_path, capsys):
+    said = yaml.safe_load((run / "config.yaml").read_text())
+    assert said["model"]["gf"] == 2
+    assert said["data"] == str(folder)
+    for k, model in enumerate((run, run / "model")):
+        out = tmp_path / f"{k}.png"
+        command = ["sample", "a red apple", "a green frog", "--model", str(model)]
+        assert cli.main([*command, "--out", str(out), "--num-images", "3"]) == 0
+        assert str(out) in capsys.readouterr().out
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+    assert Image.open(tmp_path / "0.png").width == 3 * 136 + 8
+    more = ["train", "xmcgan", "--resume", "--out", str(run), "--steps", "4"]
+    assert cli.main(more) == 0
+    assert "done after 4 steps" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_prepare_says_what_there_is(folder, capsys):
+    assert cli.main(["prepare", str(folder), "--image-size", "32", "--text-encoder", "none"]) == 0
+    assert "pictures of 32 px" in capsys.readouterr().out
+
+
+def test_doctor_names_every_op(capsys):
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for name in ("info_nce", "region_word", "mmd2", "modulation", "nvcc", torch.__version__):
+        assert name in said
+
+
+def test_refusals_are_one_line(folder, run, tmp_path, capsys):
+    train = ["train", "xmcgan", "--data", str(folder), *TINY]
+    assert "no command 'trian'" in refused(capsys, "trian")
+    assert "no system 'gan'" in refused(capsys, "train", "gan")
+    assert "cpu-demo, emoji-128" in refused(capsys, "train", "xmcgan", "--preset", "tiny")
+    assert "already holds a run" in refused(capsys, *train, "--out", str(run))
+    missing = str(tmp_path / "absent")
+    assert "no run to resume" in refused(capsys, "train", "xmcgan", "--resume", "--out", missing)
+    other = [*train, "--out", str(run), "--resume", "--gf", "4"]
+    assert "model.gf was 2, now 4" in refused(capsys, *other)
+    assert "not " in refused(capsys, *train, "--data", missing, "--out", missing)
+    assert "no model in" in refused(capsys, "sample", "a dog", "--model", missing)
+    assert "one caption" in refused(capsys, "sample", "--model", str(run))
+    assert "image_size is one of" in refused(capsys, *train, "--image-size", "65", "--out", missing)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_faults_of_the_program_are_not_hidden(monkeypatch, run):
+    def broken(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "load", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["sample", "a dog", "--model", str(run)])
+
+
+def test_traceback_on_demand(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model in"):
+        cli.main(["sample", "a dog", "--model", str(tmp_path), "--traceback"])
+
+
+def test_bench_runs_a_script_and_returns_its_code(tmp_path, monkeypatch, capsys):
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / "bench_op.py"
+    script.write_text("import sys; sys.exit(3 if sys.argv[1:] == ['--quick'] else 0)")
+    monkeypatch.setattr(cli.fastxm, "__file__", str(tmp_path / "fastxm" / "__init__.py"))
+    assert cli.main(["bench", "op"]) == 0
+    assert cli.main(["bench", "op", "--quick"]) == 3
+    assert cli.main(["bench"]) == 0
+    assert "no benchmark 'po': there are op" in refused(capsys, "bench", "po")
+    script.unlink()
+    assert "come with a checkout" in refused(capsys, "bench")
+
+
+def test_every_preset_is_a_configuration():
+    made = {
+        name: configs.construct(XMCGANTraining, configs.preset("xmcgan", name), name)
+        for name in configs.presets("xmcgan")
+    }
+    assert set(made) == {"cpu-demo", "emoji-64", "emoji-128", "coco-256"}
+    assert {name: config.model.image_size for name, config in made.items()} == {
+        "cpu-demo": 64,
+        "emoji-64": 64,
+        "emoji-128": 128,
+        "coco-256": 256,
+    }
+    for name, config in made.items():
+        assert bool(config.augment) == (config.data == "emoji"), name
+    assert made["cpu-demo"].loop.max_minutes <= 15
