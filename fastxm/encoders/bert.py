@@ -110,9 +110,11 @@ def load(source: str | os.PathLike[str]) -> tuple[Any, Any]:
     """The model and the tokenizer of a directory or of a hub name; safetensors only."""
     try:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise ImportError("text encoders need transformers: pip install transformers") from error
     directory = find(source)
+    logging.disable_progress_bar()  # of reading weights that are here
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model = AutoModel.from_pretrained(
