@@ -1,10 +1,15 @@
 """The command line: prepare, train, sample, evaluate, bench, doctor, demo."""
 
 import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         return command(arguments[0])(arguments[1:]) or 0
+    except BrokenPipeError:
+        return closed()
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if traceback or not expected(error):
             raise
@@ -50,6 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def closed() -> int:
+    """Whoever read standard output has gone: nothing more is written, not even at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def expected(error: Exception) -> bool:
@@ -84,8 +97,39 @@ def command(name: str) -> Callable[[list[str]], int | None]:
 
 
 def parse(what: Any, name: str, arguments: list[str], **options: Any) -> Any:
-    """Flags from a dataclass or a function, by its types."""
-    return tyro.cli(what, prog=f"fastxm {name}", args=arguments, **options)
+    """A dataclass filled from flags, or a function called with them, by its types.
+
+    Raises:
+        ValueError: a flag is unknown, missing or of the wrong kind.
+    """
+    said = io.StringIO()
+    call: Any = what if dataclasses.is_dataclass(what) else postponed(what)
+    try:
+        with contextlib.redirect_stderr(said):
+            made = tyro.cli(call, prog=f"fastxm {name}", args=arguments, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{unboxed(said.getvalue())}; see fastxm {name} --help") from stop
+    return made if dataclasses.is_dataclass(what) else made()
+
+
+def postponed(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+    """The function with its arguments but not yet called: only reading flags is watched."""
+
+    @functools.wraps(function)
+    def later(*positional: Any, **named: Any) -> Callable[[], Any]:
+        return functools.partial(function, *positional, **named)
+
+    return later
+
+
+def unboxed(text: str) -> str:
+    """The message in the box that tyro draws, without the box."""
+    rows = [row.strip("│ ") for row in text.splitlines()]
+    rows = [row for row in rows if row.strip("─-╭╮╰╯ ")]
+    end = [i for i, row in enumerate(rows) if row.startswith("For full helptext")]
+    return " ".join(rows[1 : end[0] if end else None])
 
 
 def say(*lines: str) -> None:
@@ -144,7 +188,7 @@ def train_xmcgan(arguments: list[str]) -> "Run":
     from fastxm.training.trainer import train as loop
     from fastxm.training.xmcgan import XMCGANRecipe, XMCGANTraining
 
-    @dataclass(frozen=True)
+    @dataclasses.dataclass(frozen=True)
     class Arguments:
         """Train XMC-GAN; flags override the preset, with --resume the run's configuration."""
 

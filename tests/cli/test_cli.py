@@ -64,6 +64,15 @@ def test_help_needs_no_torch():
     assert all(f"\n  {name} " in found.stdout for name in cli.COMMANDS)
 
 
+def test_help_of_a_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "Draw pictures of captions into one PNG, a row for each caption." in said
+    assert "--num-images" in said
+
+
 def test_a_run_can_be_sampled_and_resumed(folder, run, tmp_path, capsys):
     said = yaml.safe_load((run / "config.yaml").read_text())
     assert said["model"]["gf"] == 2
@@ -108,6 +117,10 @@ def test_refusals_are_one_line(folder, run, tmp_path, capsys):
     assert "no model in" in refused(capsys, "sample", "a dog", "--model", missing)
     assert "one caption" in refused(capsys, "sample", "--model", str(run))
     assert "image_size is one of" in refused(capsys, *train, "--image-size", "65", "--out", missing)
+    assert "Unrecognized options: --gff" in refused(capsys, *train, "--gff", "3")
+    assert "Error parsing --gf" in refused(capsys, *train, "--gf", "x")
+    assert "Missing from fastxm sample: --model" in refused(capsys, "sample", "a dog")
+    assert "steps must be at least 1" in refused(capsys, *train, "--steps", "0")
     assert not (tmp_path / "absent").exists()
 
 
