@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/mmd.h"
 #include "cpu/modulation.h"
 #include "cpu/simd.h"
 
@@ -29,5 +30,6 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastxm.";
   m.def("build_info", &build_info, "What was built and the instruction set used on this machine.");
+  m.def("mmd_cpu", &fastxm::mmd_cpu, release());
   m.def("modulation_cpu", &fastxm::modulation_cpu, release());
 }
