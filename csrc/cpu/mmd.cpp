@@ -55,8 +55,8 @@ struct Mixture {
   std::vector<char> powers;  // part q of an RBF ladder is part q - 1 to the fourth
 };
 
-// rates ascend; a bandwidth half the one before is its fourth power, two squarings for an exp. The
-// chain restarts at every third, as each power multiplies the rounding of the exp by 4
+// rates ascend; a bandwidth half the one before is its fourth power, two squarings for an exp. A
+// power of a power is not taken, as each multiplies the rounding of the exp by 4
 template <class T>
 Mixture<T> mixture(const MmdTile& tile) {
   const T* p = pointer<const T>(tile.parameters);
@@ -64,11 +64,9 @@ Mixture<T> mixture(const MmdTile& tile) {
   std::vector<int64_t> order(tile.K);
   for (int64_t q = 0; q < tile.K; ++q) order[q] = q;
   std::stable_sort(order.begin(), order.end(), [p](int64_t a, int64_t b) { return p[a] < p[b]; });
-  int chain = 0;
   for (int64_t q : order) {
-    const bool power = !mix.shapes.empty() && p[q] == 4 * mix.shapes.back() && chain < 2;
-    chain = power ? chain + 1 : 0;
-    mix.powers.push_back(power);
+    mix.powers.push_back(!mix.powers.empty() && !mix.powers.back() &&
+                         p[q] == 4 * mix.shapes.back());
     mix.shapes.push_back(p[q]);
     mix.weights.push_back(p[tile.K + q]);
   }

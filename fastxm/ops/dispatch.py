@@ -110,6 +110,8 @@ def vjp(
         one gradient for each input; None where it needs none.
     """
     with torch.enable_grad():
+        # fresh views: an input may be another one too, or be computed from it
+        inputs = [x if x is None else x.view_as(x) for x in inputs]
         outputs = formula(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, c) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]

@@ -53,7 +53,7 @@ def mmd2(
         kernel: a kernel or a sum of kernels; gradients reach its bandwidths.
         estimator: "biased" (never below 0), "unbiased", "u_statistic", "linear" or "block"; the
             last three need N = M. All but "biased" may be negative.
-        x_weight, y_weight: [N] and [M], at least 0, weights of the rows, scaled to sum 1; for
+        x_weight, y_weight: [N] and [M], at least 0, weights of the rows, only in proportion; for
             "biased" and "unbiased".
         block_size: rows a block for "block", ceil(sqrt(N)) unless given.
 
@@ -71,20 +71,14 @@ def mmd2(
             return _linear(x, y, kernel)
         if estimator == "block":
             return _block(x, y, kernel, block_size or math.ceil(math.sqrt(len(x))))
-        a, b = _weights(x, x_weight), _weights(y, y_weight)
-        drop_self, drop_paired = estimator != "biased", estimator == "u_statistic"
-        one = a.new_ones(())
-        c = torch.stack([
-            one / (1 - a.square().sum()) if drop_self else one,
-            one / (1 - b.square().sum()) if drop_self else one,
-            -2 / (1 - (a * b).sum()) if drop_paired else -2 * one,
-        ])  # fmt: skip
-        total = a.new_zeros(())
+        drop = (estimator != "biased", estimator == "u_statistic")
+        a = x.new_ones(len(x)) if x_weight is None else x_weight.to(x)
+        b = y.new_ones(len(y)) if y_weight is None else y_weight.to(y)
+        c = _coefficients(a.double(), b.double(), *drop)
+        total = x.new_zeros(())
         for k in kernel.terms:
             u, v = centred(x, y) if k.radial else (x, y)
-            total = total + kernel_sum(
-                u, v, a, b, c, k.parameters(x), k.kind, k.degree, drop_self, drop_paired
-            )
+            total = total + kernel_sum(u, v, a, b, c, k.parameters(x), k.kind, k.degree, *drop)
         return total
 
 
@@ -94,11 +88,14 @@ def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x - centre, y - centre
 
 
-def _weights(x: Tensor, weight: Tensor | None) -> Tensor:
-    if weight is None:
-        return x.new_full((len(x),), 1 / len(x))
-    weight = weight.to(x)
-    return weight / weight.sum()
+def _coefficients(a: Tensor, b: Tensor, drop_self: bool, drop_paired: bool) -> Tensor:
+    """One over the sum of the weights of the pairs in each of the three means, -2 over the last."""
+    xx, yy, xy = a.sum().square(), b.sum().square(), a.sum() * b.sum()
+    if drop_self:
+        xx, yy = xx - a.square().sum(), yy - b.square().sum()
+    if drop_paired:
+        xy = xy - (a * b).sum()
+    return torch.stack([1 / xx, 1 / yy, -2 / xy])
 
 
 def _linear(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:

@@ -136,7 +136,7 @@ class Linear(Kernel):
     """weight <x, y>: mmd2 (biased) is weight |mean x - mean y|^2."""
 
     weight: float | Tensor = 1.0
-    kind: ClassVar[str] = "polynomial"
+    kind: ClassVar[str] = "linear"
     radial: ClassVar[bool] = False
 
     def parameters(self, x: Tensor) -> Tensor:

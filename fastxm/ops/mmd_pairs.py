@@ -86,6 +86,7 @@ def rational_by_shape(s: Tensor, alpha: Tensor, k: Tensor) -> Tensor:
     return k * (u / (1 + u) - torch.log1p(u))
 
 
+PRODUCTS = ("polynomial", "linear")
 PARTS = {
     "rbf": Part(
         lambda s, rate: torch.exp(-rate * s),
@@ -112,7 +113,7 @@ PARTS = {
 
 def value(kind: str, s: Tensor, parameters: Tensor, degree: int) -> Tensor:
     """The kernel at s, of the shape of s."""
-    if kind == "polynomial":
+    if kind in PRODUCTS:
         return (parameters[0] * s + parameters[1]) ** degree
     parts = [w * PARTS[kind].value(s, p) for p, w in parameters.unbind(1)]
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
@@ -120,7 +121,7 @@ def value(kind: str, s: Tensor, parameters: Tensor, degree: int) -> Tensor:
 
 def slope(kind: str, s: Tensor, parameters: Tensor, degree: int) -> Tensor:
     """The slope at s, of the shape of s."""
-    if kind == "polynomial":
+    if kind in PRODUCTS:
         return degree * parameters[0] * (parameters[0] * s + parameters[1]) ** (degree - 1)
     part = PARTS[kind]
     total = torch.zeros_like(s)
@@ -131,7 +132,7 @@ def slope(kind: str, s: Tensor, parameters: Tensor, degree: int) -> Tensor:
 
 def by_parameters(kind: str, s: Tensor, parameters: Tensor, degree: int) -> list[list[Tensor]]:
     """Derivatives of the kernel by each of the [2, K] parameters, each of the shape of s."""
-    if kind == "polynomial":
+    if kind in PRODUCTS:
         inner = degree * (parameters[0] * s + parameters[1]) ** (degree - 1)
         return [[inner * s], [inner]]
     part = PARTS[kind]

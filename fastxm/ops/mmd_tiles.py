@@ -57,9 +57,10 @@ class Rows:
         return replace(self, scale=scale, potential=potential)
 
     def part(self, start: int, size: int) -> "Rows":
-        fields = (self.z, self.norms, self.weight, self.scale, self.potential, self.slopes)
-        gradient = None if self.gradient is None else self.gradient[start : start + size]
-        return Rows(*(t[start : start + size] for t in fields), gradient)
+        some = slice(start, start + size)
+        gradient = None if self.gradient is None else self.gradient[some]
+        return Rows(self.z[some], self.norms[some], self.weight[some], self.scale[some],
+                    self.potential[some], self.slopes[some], gradient)  # fmt: skip
 
 
 Epilogue = Callable[[Function, Tensor, Rows, Rows, str, bool], None]

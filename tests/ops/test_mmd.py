@@ -1,0 +1,343 @@
+import math
+
+import pytest
+import torch
+from check import gradient, no_worse
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.functional import normalize
+
+from fastxm.ops import (
+    backend,
+    median_heuristic,
+    mmd2,
+    mmd2_and_variance,
+    mmd_permutation_test,
+    mmd_sums,
+)
+from fastxm.ops.mmd import RBF, Energy, Laplace, Linear, Polynomial, RationalQuadratic
+
+LADDER = RBF((1, 2, 4, 8, 16))
+KERNELS = {
+    "rbf": RBF(3.0),
+    "ladder": LADDER,
+    "rq": RationalQuadratic(),
+    "laplace": Laplace((1.0, 3.0)),
+    "energy": Energy(),
+    "polynomial": Polynomial(),
+    "sum": RationalQuadratic((0.5, 2.0)) + Linear(0.1),
+}
+ESTIMATORS = ["biased", "unbiased", "u_statistic", "linear", "block"]
+SHAPES = [(2, 2, 1), (5, 7, 3), (33, 70, 65), (257, 300, 17), (530, 515, 4)]  # N, M, D
+
+
+def by_name(table):
+    return pytest.mark.parametrize("kernel", table.values(), ids=table.keys())
+
+
+def samples(n, m, d, device="cpu", dtype=torch.float32):
+    """Several problems [P, N, D] and [P, M, D]: their largest error is no accident of one."""
+    problems = 16 if n < 100 else 3
+    x, y = torch.randn(problems, n, d), torch.randn(problems, m, d) * 1.2 + 0.5
+    return x.to(device, dtype), y.to(device, dtype)
+
+
+def kernel_formula(kernel, x: Tensor, y: Tensor, same: bool) -> Tensor:
+    if hasattr(kernel, "parts"):
+        return sum(kernel_formula(k, x, y, same) for k in kernel.parts)
+    dot = x @ y.T
+    d2 = ((x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * dot).clamp(min=0)
+    if same:
+        d2 = d2 - torch.diag(d2.diag())
+    distance = torch.where(d2 > 0, d2, 1).sqrt() * (d2 > 0)
+    if type(kernel) is RBF:
+        bandwidths = kernel.bandwidths if isinstance(kernel.bandwidths, tuple) else [3.0]
+        return sum(torch.exp(-d2 / (2 * s**2)) for s in bandwidths)
+    if isinstance(kernel, RationalQuadratic):
+        return sum((1 + d2 / (2 * a)) ** -a for a in kernel.alphas)
+    if isinstance(kernel, Laplace):
+        return sum(torch.exp(-distance / s) for s in kernel.bandwidths)
+    if isinstance(kernel, Energy):
+        return -distance
+    return (dot / x.shape[1] + 1) ** 3 if isinstance(kernel, Polynomial) else kernel.weight * dot
+
+
+def formula(kernel, estimator):
+    """MMD^2 of every problem, written out."""
+
+    def one(x: Tensor, y: Tensor) -> Tensor:
+        x, y = (z if z.dtype == torch.float64 else z.float() for z in (x, y))
+        xx, yy = kernel_formula(kernel, x, x, True), kernel_formula(kernel, y, y, True)
+        xy, n, m = kernel_formula(kernel, x, y, False), len(x), len(y)
+        if estimator == "biased":
+            return xx.mean() + yy.mean() - 2 * xy.mean()
+        xx, yy = xx.sum() - xx.trace(), yy.sum() - yy.trace()
+        return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy.mean()
+
+    return lambda x, y: torch.stack([one(u, v) for u, v in zip(x, y)])
+
+
+def ours(kernel, estimator):
+    return lambda x, y: torch.stack([mmd2(u, v, kernel, estimator=estimator) for u, v in zip(x, y)])
+
+
+@by_name(KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(kernel, shape, device):
+    no_worse(ours(kernel, "biased"), formula(kernel, "biased"), *samples(*shape, device))
+
+
+@by_name(KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward(kernel, shape, device):
+    plain = gradient(formula(kernel, "unbiased"))
+    no_worse(gradient(ours(kernel, "unbiased")), plain, *samples(*shape, device))
+
+
+def test_bfloat16(device):
+    x, y = samples(33, 70, 65, device, torch.bfloat16)
+    assert ours(LADDER, "biased")(x, y).dtype == torch.float32
+    no_worse(ours(LADDER, "biased"), formula(LADDER, "biased"), x, y)
+    no_worse(gradient(ours(LADDER, "biased")), gradient(formula(LADDER, "biased")), x, y)
+
+
+@by_name(KERNELS)
+@pytest.mark.parametrize("estimator", ESTIMATORS[:3])
+def test_reference_and_chosen_agree(kernel, estimator, device):
+    x, y = samples(70, 70, 5, device, torch.float64)
+    with backend("reference"):
+        plain = gradient(ours(kernel, estimator))(x, y)
+    for a, b in zip(gradient(ours(kernel, estimator))(x, y), plain):
+        torch.testing.assert_close(a, b)
+
+
+def wells(kernel_of, device):
+    """x, y, weights and numbers of a kernel, for numerical derivatives."""
+    x, y = torch.randn(4, 3), torch.randn(5, 3) + 0.5
+    tensors = (x, y, torch.rand(4) + 0.5, torch.rand(5) + 0.5, torch.tensor([0.7, 1.4]))
+    leaves = [t.to(device, torch.float64).requires_grad_() for t in tensors]
+    return lambda x, y, a, b, p: mmd2(
+        x, y, kernel_of(p), estimator="unbiased", x_weight=a, y_weight=b
+    ), leaves
+
+
+LEARNED = {
+    "rbf": lambda p: RBF(p, weights=p + 1),
+    "rq": RationalQuadratic,
+    "laplace": lambda p: Laplace((p[0], p[1])),
+    "energy": lambda p: Energy(p[0]),
+    "polynomial": lambda p: Polynomial(2, p[0], p[1]),
+    "sum": lambda p: RBF(p[0]) + Linear(p[1]),
+}
+
+
+@by_name(LEARNED)
+def test_derivatives(kernel, device):
+    f, leaves = wells(kernel, device)
+    assert gradcheck(f, leaves)
+    assert gradgradcheck(f, leaves)
+    # without a gradient to the kernel's numbers the C++ epilogue runs
+    leaves[4] = leaves[4].detach()
+    assert gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_derivatives_of_estimators(estimator, device):
+    x, y = (t[0].requires_grad_() for t in samples(6, 6, 2, device, torch.float64))
+    assert gradcheck(lambda x, y: mmd2(x, y, estimator=estimator), (x, y))
+    assert gradgradcheck(lambda x, y: mmd2(x, y, estimator=estimator), (x, y))
+
+
+def test_second_order_of_a_sample_with_itself(device):
+    x = samples(6, 6, 2, device, torch.float64)[0][0].requires_grad_()
+    (once,) = torch.autograd.grad(mmd2(x, 2 * x), x)
+    (twice,) = torch.autograd.grad(mmd2(x, 2 * x), x, create_graph=True)
+    torch.testing.assert_close(once, twice.detach())
+
+
+def test_only_wanted_gradients(device):
+    x, y = (t[0] for t in samples(40, 30, 5, device))
+    u, v = x.clone().requires_grad_(), y.clone().requires_grad_()
+    both = torch.autograd.grad(mmd2(u, v), (u, v))
+    assert torch.equal(torch.autograd.grad(mmd2(u, y), u)[0], both[0])
+    torch.testing.assert_close(torch.autograd.grad(mmd2(x, v), v)[0], both[1])
+
+
+def test_dispatch(device):
+    x, y = (t[0].requires_grad_() for t in samples(9, 7, 5, device))
+    kernel = RBF((1, 2))
+    a, b = x.new_full((9,), 1 / 9), y.new_full((7,), 1 / 7)
+    options = ("rbf", 1, True, False, [True, True, False])
+    args = (x, y, a, b, x.new_tensor([1.0, 1.0, -2.0]).double(), kernel.parameters(x), *options)
+    torch.library.opcheck(mmd_sums._fwd, args)
+    want = torch.autograd.grad(mmd2(x, y, kernel), (x, y))
+    compiled = torch.compile(lambda x, y: mmd2(x, y, kernel), fullgraph=True, backend="aot_eager")
+    for got, g in zip(torch.autograd.grad(compiled(x, y), (x, y)), want):
+        torch.testing.assert_close(got, g)
+    with torch.autocast(device, torch.bfloat16):
+        inside = mmd2(x, y, kernel + Linear())
+    assert torch.equal(inside, mmd2(x, y, kernel + Linear()))
+    with backend("triton"), pytest.raises(RuntimeError, match="mmd"):
+        mmd2(x, y)
+
+
+def test_same_bits_for_any_threads():
+    x, y = (t[0].requires_grad_() for t in samples(600, 530, 16))
+    before = torch.get_num_threads()
+    outputs = []
+    for threads in (1, 3):
+        # the GEMM's own order may depend on threads, the epilogue's may not: D = 16 is one block
+        torch.set_num_threads(threads)
+        outputs.append([mmd2(x, y, LADDER).detach() for _ in range(2)])
+    torch.set_num_threads(before)
+    assert len({float(v) for run in outputs for v in run}) == 1
+
+
+GOLDEN = [  # biased, unbiased, u_statistic, linear, block of 3
+    (RBF(1), [0.5679130031, 0.3466467213, 0.3700576143, 0.9051825431, 0.5983713407]),
+    (LADDER, [1.1460136556, 0.7788010913, 0.8466700702, 1.7693010754, 1.2650401926]),
+    (RationalQuadratic() + Linear(),
+     [4.6579369469, 3.2633182947, 3.5749518082, 6.7286415729, 5.0985132957]),
+    (Polynomial(), [2.6902951265, 1.9812326315, 2.1418182950, 4.2161050736, 3.0204924301]),
+    (Linear(), [2.5250228486, 1.9699173216, 2.1880890414, 3.5408176921, 2.9185660627]),
+]  # fmt: skip
+
+
+def fixture() -> tuple[Tensor, Tensor]:
+    i, k = torch.arange(6.0).double()[:, None], torch.arange(4.0).double()
+    return torch.sin(0.7 * i + 1.3 * k), torch.cos(0.5 * i - 0.9 * k) + 0.25
+
+
+def test_golden_estimators():
+    x, y = fixture()
+    for kernel, values in GOLDEN:
+        for estimator, value in zip(ESTIMATORS, values):
+            got = mmd2(x, y, kernel, estimator=estimator, block_size=3)
+            assert abs(got - value) < 1e-10, (kernel, estimator)
+
+
+def test_golden_variance():
+    x, y = fixture()
+    variances = {RBF(1): 0.0143951655, LADDER: 0.0930910266, Polynomial(): 0.5208645543}
+    for kernel, value in variances.items():
+        statistic, variance = mmd2_and_variance(x, y, kernel)
+        assert abs(variance - value) < 1e-10
+        assert abs(statistic - mmd2(x, y, kernel, estimator="unbiased")) < 1e-12
+    statistic, variance = mmd2_and_variance(x, y, LADDER)
+    assert abs(statistic / variance.clamp_min(1e-8).sqrt() - 2.5525404999) < 1e-9
+
+
+def test_golden_gradient():
+    x, y = fixture()
+    rows = {"biased": [-0.0878551693, -0.1011592434, -0.1647547658, -0.1374960362],
+            "unbiased": [-0.0729462826, -0.1178253630, -0.1885799876, -0.1335763545]}  # fmt: skip
+    for estimator, row in rows.items():
+        u = x.clone().requires_grad_()
+        mmd2(u, y[:5], LADDER, estimator=estimator).backward()
+        assert (u.grad[0] - torch.tensor(row)).abs().max() < 1e-7
+
+
+def test_golden_others():
+    x, y = fixture()
+    assert abs(median_heuristic(x, y) - 2.0786732022) < 1e-10
+    assert abs(median_heuristic(x, y) / math.sqrt(2) - 1.4698439172) < 1e-10
+    assert abs(1000 * mmd2(normalize(x), normalize(y), RBF(10)) - 9.2632496428) < 1e-10
+    # MMD-GAN's overlapping pairs are the linear estimator of each two neighbours
+    overlapping = {Linear(): 3.9550246393, Polynomial(2, 1.0, 2.0): 22.1241365976}
+    for kernel, value in overlapping.items():
+        pairs = [mmd2(x[i : i + 2], y[i : i + 2], kernel, estimator="linear") for i in range(5)]
+        assert abs(sum(pairs) / 5 - value) < 1e-9
+
+
+def test_closed_forms(device):
+    x, y = (t[0] for t in samples(30, 20, 5, device, torch.float64))
+    same = torch.testing.assert_close
+    same(mmd2(x, y, Linear()), (x.mean(0) - y.mean(0)).square().sum())
+    same(mmd2(x, y), mmd2(y, x))
+    same(mmd2(x, y), mmd2(x.flip(0), y))
+    same(mmd2(x, x), x.new_zeros(()), atol=1e-14, rtol=0)
+    # |x| + |y| - |x - y| is the textbook kernel: its norms cancel
+    d = torch.cdist(x, y).mean() * 2 - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
+    same(mmd2(x, y, Energy()), d)
+    # a weight of two is the row twice
+    weight = torch.ones(30, device=device, dtype=torch.float64)
+    weight[4] = 2
+    same(mmd2(x, y, x_weight=weight), mmd2(torch.cat([x, x[4:5]]), y))
+    same(
+        mmd2(x, y, estimator="unbiased", x_weight=weight * 0 + 3), mmd2(x, y, estimator="unbiased")
+    )
+    # a single bandwidth tensor is the number
+    assert torch.equal(mmd2(x, y, RBF(torch.tensor(2.0))), mmd2(x, y, RBF(2.0)))
+
+
+def test_extremes(device):
+    x, y = (t[0] for t in samples(40, 30, 5, device))
+    # far from the origin: distances come from centred rows
+    shift = x.new_full((5,), 1024.0)
+    x, y = (x * 256).round() / 256, (y * 256).round() / 256
+    torch.testing.assert_close(mmd2(x + shift, y + shift), mmd2(x, y))
+    # no overlap: k(x, y) is 0, gradients are finite and the far samples do not pull
+    u = (x * 1e6).requires_grad_()
+    total = mmd2(u, y - 1e6)
+    total.backward()
+    assert total.isfinite()
+    assert u.grad.isfinite().all()
+    # coincident rows
+    u = torch.zeros(7, 3, device=device, requires_grad=True)
+    for kernel in (LADDER, Laplace(), Energy(), RationalQuadratic()):
+        (g,) = torch.autograd.grad(mmd2(u, torch.zeros_like(u), kernel), u)
+        assert torch.equal(g, torch.zeros_like(g))
+    assert mmd2(torch.zeros(1, 1, device=device), torch.ones(1, 1, device=device)) > 0
+
+
+def test_permutation_p_values_are_uniform(device):
+    generator = torch.Generator(device).manual_seed(0)
+    p_values = []
+    for _ in range(200):
+        z = torch.randn(24, 2, device=device)
+        p_values.append(mmd_permutation_test(z[:12], z[12:], RBF(1.0), 19, generator=generator)[1])
+    p = torch.stack(p_values)
+    # p <= 0.05 k has probability 0.05 k under the null; four standard errors of 200 trials
+    for level in (0.05, 0.25, 0.5, 0.75):
+        share, error = (p <= level + 1e-9).double().mean(), math.sqrt(level * (1 - level) / 200)
+        assert abs(share - level) < 4 * error
+    statistic, p_value = mmd_permutation_test(z[:12], z[12:] + 3, RBF(1.0), generator=generator)
+    assert p_value == 1 / 1001
+    torch.testing.assert_close(
+        statistic.float(), mmd2(z[:12], z[12:] + 3, RBF(1.0), estimator="unbiased")
+    )
+
+
+def test_permutations_of_two_rows_all_tie():
+    z = torch.tensor([[0.0], [0.1], [5.0], [5.3]])
+    _, p = mmd_permutation_test(z[:2], z[2:], RBF(1.0), 3000)
+    assert abs(p - 1 / 3) < 4 * math.sqrt(2 / 9 / 3000)
+
+
+@pytest.mark.parametrize(
+    ("error", "call"),
+    [
+        (ValueError, lambda x, y: RBF(0.0)),
+        (ValueError, lambda x, y: RBF((1.0, -2.0))),
+        (ValueError, lambda x, y: Laplace(torch.tensor([1.0, 0.0]))),
+        (ValueError, lambda x, y: RationalQuadratic(())),
+        (ValueError, lambda x, y: Polynomial(0)),
+        (ValueError, lambda x, y: mmd2(x, y, RBF((1, 2), weights=(1, 2, 3)))),
+        (ValueError, lambda x, y: mmd2(x[:1], y, estimator="unbiased")),
+        (ValueError, lambda x, y: mmd2(x, y[:, :2])),
+        (ValueError, lambda x, y: mmd2(x[0], y)),
+        (ValueError, lambda x, y: mmd2(x[:0], y)),
+        (ValueError, lambda x, y: mmd2(x, y, estimator="median")),
+        (ValueError, lambda x, y: mmd2(x, y[:3], estimator="linear")),
+        (ValueError, lambda x, y: mmd2(x, y, estimator="block", block_size=1)),
+        (ValueError, lambda x, y: mmd2(x, y, x_weight=x[:3, 0])),
+        (ValueError, lambda x, y: mmd2(x, y, estimator="block", x_weight=x[:, 0])),
+        (ValueError, lambda x, y: mmd2_and_variance(x[:3], y[:3], RBF())),
+        (ValueError, lambda x, y: mmd_permutation_test(x, y, RBF(), 0)),
+        (TypeError, lambda x, y: mmd2(x.long(), y)),
+        (TypeError, lambda x, y: mmd2(x, y, "rbf")),
+    ],
+)
+def test_bad_input(error, call):
+    with pytest.raises(error):
+        call(*fixture())
