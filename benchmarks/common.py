@@ -228,28 +228,39 @@ def add_ratios(row: dict, work: tuple[float, float], rate: float, rows: dict[str
             row[f"speedup_over_{other}"] = theirs / row["forward_backward_ms"]
 
 
-def table(title: str, rows: list[dict]) -> str:
-    """The rows as text: aligned columns that are also Markdown."""
-    head = ["provider", "fwd ms", "fwd+bwd ms", "peak MB", "fwd of limit", "of limit",
-            "vs eager", "vs compiled", "rel. diff"]  # fmt: skip
-    keys = ["forward_ms:.3f", "forward_backward_ms:.3f", "peak_mb:.1f", "forward_of_limit:.1%",
-            "forward_backward_of_limit:.1%", "speedup_over_eager:.2f", "speedup_over_compiled:.2f",
-            "difference:.1e"]  # fmt: skip
-    lines, notes = [head], []
+COLUMNS = {
+    "fwd ms": "forward_ms:.3f",
+    "fwd+bwd ms": "forward_backward_ms:.3f",
+    "peak MB": "peak_mb:.1f",
+    "fwd of limit": "forward_of_limit:.1%",
+    "of limit": "forward_backward_of_limit:.1%",
+    "vs eager": "speedup_over_eager:.2f",
+    "vs compiled": "speedup_over_compiled:.2f",
+    "rel. diff": "difference:.1e",
+}
+
+
+def table(title: str, rows: list[dict], columns: dict[str, str] = COLUMNS) -> str:
+    """The rows as text: aligned columns that are also Markdown.
+
+    Args:
+        title: above it.
+        rows: of one shape; those without figures follow the table with their reason.
+        columns: head of each column, and "key:format" of its figures.
+    """
+    lines, notes = [["provider", *columns]], []
     for row in rows:
         if why := row.get("skipped") or row.get("error"):
             kind = "skipped" if "skipped" in row else "FAILED"
             notes.append(f"{row['provider']}: {kind}: {why}")
         elif row["provider"] != "limit":
-            cells = [key.split(":") for key in keys]
+            cells = [key.split(":") for key in columns.values()]
             texts = [format(row[k], spec) if row.get(k) is not None else "-" for k, spec in cells]
             lines.append([row["provider"], *texts])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
-    body = "\n".join("| " + " | ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                     for i, (cell, width) in enumerate(zip(line, widths))) + " |"
-                     for line in lines)  # fmt: skip
-    return "\n".join(["", title, body, *notes])
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join(["", title, *(f"| {' | '.join(line)} |" for line in padded), *notes])
 
 
 def chip(device: str) -> str:

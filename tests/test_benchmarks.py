@@ -1,7 +1,9 @@
 """The benchmarks run, at tiny shapes: providers agree, absent ones say so, files are written."""
 
+import copy
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ def _on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-@pytest.mark.parametrize("op", ["info_nce", "region_word", "modulation"])
+@pytest.mark.parametrize("op", ["info_nce", "region_word", "mmd", "modulation"])
 def test_op(op, device, tmp_path):
     script = importlib.import_module(f"bench_{op}")
     argv = ["--quick", "--device", device, "--out", str(tmp_path), "--providers"]
@@ -69,3 +71,87 @@ def test_shapes_on_the_command_line():
     }
     with pytest.raises(SystemExit, match="a shape has N, D, dtype, not M"):
         common.parse_shape("M=3", default)
+
+
+def test_plain_model_is_the_model():
+    from fastxm.models.xmcgan import XMCGAN, XMCGANConfig
+
+    plain = importlib.import_module("plain_model").plain
+    config = XMCGANConfig(image_size=64, gf=2, df=2, text_width=8, words=5)
+    ours = XMCGAN(config).double().train()
+    theirs = copy.deepcopy(ours)
+    plain(theirs)
+    z, words, lengths = torch.randn(3, 128), torch.randn(3, 5, 8), torch.tensor([2, 5, 3])
+    z, words = z.double(), words.double()
+    sentence = words.mean(1)
+    images = [m.generator(z, words, sentence, lengths) for m in (ours, theirs)]
+    torch.testing.assert_close(*images)
+    pairs = zip(*(m.discriminator(images[0], sentence) for m in (ours, theirs)))
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted)
+    grads = [
+        torch.autograd.grad(image.square().sum(), list(m.generator.parameters()))
+        for image, m in zip(images, (ours, theirs))
+    ]
+    for found, wanted in zip(*grads):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_training_step(monkeypatch, device, tmp_path):
+    script = importlib.import_module("bench_training")
+    eager = {"plain", "fastxm fp32"}
+    kept = {name: script.VARIANTS[name] for name in script.VARIANTS if name in eager}
+    monkeypatch.setattr(script, "VARIANTS", kept)
+    limit, plain, ours = script.run(["--quick", "--device", device, "--out", str(tmp_path)])
+    assert "error" not in plain | ours
+    assert limit["step_flops"] > 0
+    assert ours["images_per_s"] > 0
+    assert plain["losses"].keys() == ours["losses"].keys()
+    assert json.loads((tmp_path / "training.json").read_text())["rows"][1]["provider"] == "plain"
+
+
+def test_profile_takes_the_worst_shape(tmp_path, capsys):
+    bench = importlib.import_module("bench_modulation")
+    bench.run(["--quick", "--device", "cpu", "--out", str(tmp_path), "--providers", "fastxm"])
+    importlib.import_module("profile_op").main([str(tmp_path)])
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert found["op"] == "modulation"
+    assert found["kernels"][0]["us"] > 0
+    assert "of the limit" in capsys.readouterr().out
+
+
+def test_gpu_without_a_gpu(monkeypatch, capsys, tmp_path):
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu, "gpu", lambda: None)
+    assert gpu.main(["--out", str(tmp_path / "results")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_gpu_stages_end_in_a_summary(monkeypatch, tmp_path, capsys):
+    gpu = importlib.import_module("gpu")
+
+    def stage(name, code, limit=60):
+        return gpu.Stage(name, lambda: [sys.executable, "-c", code], limit, {})
+
+    made = [
+        stage("good", "print('fine')"),
+        stage("bad", "raise SystemExit(3)"),
+        stage("endless", "import time; time.sleep(600)", limit=2),
+        gpu.Stage("absent", lambda: "no such tool", 60, {}),
+    ]
+    monkeypatch.setattr(gpu, "stages", lambda *_: made)
+    monkeypatch.setattr(gpu, "gpu", lambda: "a GPU")
+    assert gpu.main(["--minutes", "1", "--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert [r["status"] for r in found] == ["ok", "failed", "timed out", "skipped"]
+    assert found[0]["output"] == "fine\n"
+    assert json.loads((tmp_path / "stage_bad.json").read_text())["returncode"] == 3
+    assert "| endless    | timed out |" in capsys.readouterr().out
+
+
+def test_synthetic_data(tmp_path):
+    synthetic = importlib.import_module("synthetic")
+    lines = (synthetic.pictures(tmp_path) / "metadata.jsonl").read_text().splitlines()
+    assert len(lines) == 512
+    assert all((tmp_path / json.loads(line)["file_name"]).is_file() for line in lines)
