@@ -19,14 +19,13 @@ REPEATS = 10
 
 def worst(folder: Path) -> tuple[str, dict]:
     """The op and the row of fastxm with the smallest part of the limit."""
-    found = []
-    for path in (folder / f"{op}.json" for op in OPS):
-        for row in json.loads(path.read_text())["rows"] if path.exists() else []:
-            if row["provider"] == "fastxm" and "forward_backward_of_limit" in row:
-                found.append((path.stem, row))
+    files = [path for op in OPS if (path := folder / f"{op}.json").exists()]
+    rows = [(path.stem, row) for path in files for row in json.loads(path.read_text())["rows"]]
+    key = "forward_backward_of_limit"
+    found = [(op, row) for op, row in rows if row["provider"] == "fastxm" and key in row]
     if not found:
         raise SystemExit(f"no results of fastxm in {folder}")
-    return min(found, key=lambda pair: pair[1]["forward_backward_of_limit"])
+    return min(found, key=lambda pair: pair[1][key])
 
 
 def kernels(call, device: str) -> list[dict]:

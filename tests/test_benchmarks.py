@@ -41,7 +41,7 @@ def test_failure_is_a_row(monkeypatch, tmp_path, capsys):
         raise ValueError("told to fail")
 
     monkeypatch.setattr(script, "eager", broken)
-    rows = script.run(["--quick", "--device", "cpu", "--providers", "eager", "fastxm"])
+    rows = script.run(["--quick", "--device", "cpu", "--providers", "eager", "fastxm reference"])
     assert rows[1]["error"] == "ValueError: told to fail"
     assert all("error" not in row for row in rows[2:])
     assert "eager: FAILED: ValueError: told to fail" in capsys.readouterr().out
