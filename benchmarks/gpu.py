@@ -105,6 +105,7 @@ def training(out: Path, work: Path) -> list[str]:
     else:
         subprocess.run(python(BENCH / "synthetic.py", work), check=True)
         data = ["--data", work / "pictures", "--text-encoder", work / "encoder"]
+        data += ["--text-width", 128]
     command = "from fastxm.cli import main; raise SystemExit(main())"
     flags = ["--preset", "emoji-64", "--pretrained-weight", 0, "--steps", 200, "--samples", 32]
     flags += ["--sample-every", 200, "--log-every", 20, "--out", work / "run"]

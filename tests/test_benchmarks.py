@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    # the interpreter is no backend to time
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.mark.parametrize("op", ["info_nce", "region_word", "mmd", "modulation"])
