@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py --minutes 8 [--out DIR] [--only build,test,...]
 
-Stages run one after the other, each in a process of its own that is ended at its limit or when the
-time is up. Each writes DIR/stage_<name>.json as it ends; DIR/summary.json and a table come last.
+Stages run one after the other, each in a process of its own that is ended at its limit, or before
+that once it has had twice its share of the time that is left: a slow stage does not starve the later
+ones. Each writes DIR/stage_<name>.json as it ends; DIR/summary.json and a table come last.
 """
 
 import argparse
@@ -34,7 +35,7 @@ class Stage:
     Args:
         name: as --only knows it.
         command: its arguments, made when the stage begins, or the line that says why there is none.
-        limit: seconds.
+        limit: seconds; also its weight in the sharing of time.
         env: set for it.
     """
 
@@ -55,25 +56,25 @@ def stages(out: Path, work: Path) -> list[Stage]:
     tests = [ROOT / "tests/ops", ROOT / "tests/models", "-k", "cuda", "-p", "no:cacheprovider"]
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     stages = [
-        Stage("build", lambda: python(*install), 240, {"FASTXM_CUDA": "1"}),
-        Stage("doctor", lambda: python("-c", doctor), 60, {}),
-        Stage("test", lambda: python("-m", "pytest", *tests, *parallel), 240, {}),
-        Stage("memcheck", lambda: sanitizer("memcheck"), 120, UNCACHED),
-        Stage("racecheck", lambda: sanitizer("racecheck"), 120, UNCACHED),
+        Stage("build", lambda: python(*install), 150, {"FASTXM_CUDA": "1"}),
+        Stage("doctor", lambda: python("-c", doctor), 30, {}),
+        Stage("test", lambda: python("-m", "pytest", *tests, *parallel), 150, {}),
+        Stage("memcheck", lambda: sanitizer("memcheck"), 60, UNCACHED),
+        Stage("racecheck", lambda: sanitizer("racecheck"), 60, UNCACHED),
     ]
     for op in OPS:
         script = [BENCH / f"bench_{op}.py", "--device", "cuda", "--out", out]
         script += ["--rounds", 5, "--seconds", 0.5]
-        stages.append(Stage(op, lambda script=script: python(*script), 120, {}))
+        stages.append(Stage(op, lambda script=script: python(*script), 75, {}))
     steps = [BENCH / "bench_training.py", "--device", "cuda", "--out", out]
     steps += ["--rounds", 3, "--seconds", 3]
     resources = [ROOT / "tests/compile.py", "--json", out / "resources.json"]
     return [
         *stages,
         Stage("steps", lambda: python(*steps), 180, {}),
-        Stage("profile", lambda: python(BENCH / "profile_op.py", out), 60, {}),
-        Stage("train", lambda: training(out, work), 120, {"FASTXM_DATA": str(work / "data")}),
-        Stage("resources", lambda: python(*resources), 120, {}),
+        Stage("profile", lambda: python(BENCH / "profile_op.py", out), 30, {}),
+        Stage("train", lambda: training(out, work), 60, {"FASTXM_DATA": str(work / "data")}),
+        Stage("resources", lambda: python(*resources), 60, {}),
     ]
 
 
@@ -109,14 +110,20 @@ def training(out: Path, work: Path) -> list[str]:
     command = "from fastxm.cli import main; raise SystemExit(main())"
     flags = ["--preset", "emoji-64", "--pretrained-weight", 0, "--steps", 200, "--samples", 32]
     flags += ["--sample-every", 200, "--log-every", 20, "--out", work / "run"]
-    keep = f"import shutil; shutil.copy({str(work / 'run/metrics.jsonl')!r}, {str(out)!r})"
-    code = f"import sys\ntry:\n    {command}\nfinally:\n    {keep}"
+    kept = [str(work / "run" / pattern) for pattern in ("metrics.jsonl", "samples/*.png")]
+    keep = f"[shutil.copy(path, {str(out)!r}) for p in {kept} for path in glob.glob(p)]"
+    code = f"import glob, shutil\ntry:\n    {command}\nfinally:\n    {keep}"
     return python("-c", code, "train", "xmcgan", *data, *flags)
 
 
-def run(stage: Stage, left: float, out: Path, work: Path) -> dict:
-    """Runs one stage within its limit and the time left, and writes what came of it."""
-    limit = min(stage.limit, left)
+def share(stages: list[Stage], left: float) -> float:
+    """Seconds for the first of the stages that are to come."""
+    fair = left * stages[0].limit / sum(stage.limit for stage in stages)
+    return min(stages[0].limit, 2 * fair, left)
+
+
+def run(stage: Stage, limit: float, out: Path, work: Path) -> dict:
+    """Runs one stage for at most `limit` seconds, and writes what came of it."""
     begin = time.monotonic()
     result: dict = {"stage": stage.name, "limit_s": round(limit, 1)}
     try:
@@ -178,8 +185,10 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         out.mkdir(parents=True, exist_ok=True)
         results = []
-        for stage in (stage for stage in every if stage.name in wanted):
-            results.append(run(stage, deadline - time.monotonic(), out, work))
+        chosen = [stage for stage in every if stage.name in wanted]
+        for i, stage in enumerate(chosen):
+            limit = share(chosen[i:], deadline - time.monotonic())
+            results.append(run(stage, limit, out, work))
             print(f"\n== {stage.name}: {results[-1]['status']}", flush=True)
             print(results[-1].get("output") or results[-1].get("why", ""), flush=True)
             facts = {"gpu": device, "minutes": args.minutes, "stages": results}

@@ -152,6 +152,14 @@ def test_gpu_stages_end_in_a_summary(monkeypatch, tmp_path, capsys):
     assert "| endless    | timed out |" in capsys.readouterr().out
 
 
+def test_gpu_shares_its_time():
+    gpu = importlib.import_module("gpu")
+    stages = [gpu.Stage(str(limit), lambda: "", limit, {}) for limit in (100, 300)]
+    assert gpu.share(stages, 1000) == 100  # its limit
+    assert gpu.share(stages, 40) == 20  # twice its share
+    assert gpu.share(stages[1:], 40) == 40  # all that is left
+
+
 def test_synthetic_data(tmp_path):
     synthetic = importlib.import_module("synthetic")
     lines = (synthetic.pictures(tmp_path) / "metadata.jsonl").read_text().splitlines()
