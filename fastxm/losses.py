@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastxm.ops import info_nce, region_word_scores
+from fastxm.ops import info_nce, mmd2, region_word_scores
+from fastxm.ops.mmd import DEFAULT, Kernel
 
 
 def hinge_d(real: Tensor, fake: Tensor) -> Tensor:
@@ -103,3 +104,28 @@ def nt_xent(x: Tensor, y: Tensor, *, temperature: float = 0.5) -> Tensor:
     labels = torch.arange(len(x), device=x.device).repeat(2)
     both, swapped = torch.cat([x, y]), torch.cat([y, x])
     return info_nce(both, swapped, 1 / temperature, symmetric=False, normalize=True, labels=labels)
+
+
+def mmd_loss(
+    x: Tensor,
+    y: Tensor,
+    kernel: Kernel = DEFAULT,
+    *,
+    estimator: str = "biased",
+    root: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """How far two samples are apart: MMD^2, or the root that GMMN and MMD-GAN take of it.
+
+    Args:
+        x: [N, D].
+        y: [M, D].
+        kernel, estimator: as mmd2 takes them.
+        root: sqrt(max(MMD^2, 0) + eps), whose gradient stays finite at 0.
+        eps: in units of MMD^2.
+
+    Returns:
+        scalar, float32 (float64 for float64 inputs).
+    """
+    loss = mmd2(x, y, kernel, estimator=estimator)
+    return (F.relu(loss) + eps).sqrt() if root else loss

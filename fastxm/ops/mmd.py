@@ -29,8 +29,8 @@ from fastxm.ops.mmd_kernels import (
 from fastxm.ops.mmd_pairs import off_diagonal
 from fastxm.ops.mmd_sums import kernel_sum
 
-__all__ = ["RBF", "Energy", "Kernel", "Laplace", "Linear", "Polynomial", "RationalQuadratic",
-           "centred", "check", "mmd2"]  # fmt: skip
+__all__ = ["DEFAULT", "RBF", "Energy", "Kernel", "Laplace", "Linear", "Polynomial",
+           "RationalQuadratic", "centred", "check", "mmd2"]  # fmt: skip
 
 ESTIMATORS = ("biased", "unbiased", "u_statistic", "linear", "block")
 DEFAULT = RBF((1, 2, 4, 8, 16))
@@ -47,6 +47,8 @@ def mmd2(
     block_size: int | None = None,
 ) -> Tensor:
     """Squared maximum mean discrepancy of two samples.
+
+    Values and gradients take O((N + M) D) memory; second derivatives (create_graph) O(N M).
 
     Args:
         x, y: [N, D] and [M, D], any floating dtype.
@@ -122,8 +124,9 @@ def check(x, y, kernel, estimator="biased", x_weight=None, y_weight=None) -> Non
         raise TypeError(f"mmd2 needs floating x and y, not {x.dtype} and {y.dtype}")
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel is one of fastxm.ops.mmd or a sum of them, not {kernel!r}")
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"mmd2 needs x [N, D] and y [M, D], not {[*x.shape]} and {[*y.shape]}")
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.device != y.device:
+        raise ValueError("mmd2 needs x [N, D] and y [M, D] on one device, not "
+                         f"{[*x.shape]} and {[*y.shape]} on {x.device} and {y.device}")  # fmt: skip
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}")
     least = 1 if estimator == "biased" else 2

@@ -43,10 +43,9 @@ def kernel_sum(
         drop_self: leaves pairs of a row with itself out of the first two sums.
         drop_paired: leaves the pairs i = j out of the third.
     """
-    grad = torch.is_grad_enabled()
     if kind == "linear":
         return parameters[0, 0] * _linear(x, y, a, b, c, drop_self, drop_paired)
-    wanted = [grad and t.requires_grad for t in (x, y, parameters)]
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, y, parameters)]
     return _fwd(x, y, a, b, c, parameters, kind, degree, drop_self, drop_paired, wanted)[0]
 
 

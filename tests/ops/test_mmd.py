@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import normalize
 
+from fastxm.losses import mmd_loss
 from fastxm.ops import (
     backend,
     median_heuristic,
@@ -268,6 +269,16 @@ def test_closed_forms(device):
     )
     # a single bandwidth tensor is the number
     assert torch.equal(mmd2(x, y, RBF(torch.tensor(2.0))), mmd2(x, y, RBF(2.0)))
+
+
+def test_loss_and_its_root(device):
+    x, y = (t[0].requires_grad_() for t in samples(30, 20, 5, device, torch.float64))
+    torch.testing.assert_close(mmd_loss(x, y), mmd2(x, y))
+    torch.testing.assert_close(mmd_loss(x, y, root=True), (mmd2(x, y) + 1e-8).sqrt())
+    # unbiased and root: below 0 the loss is sqrt(eps), flat
+    z = mmd_loss(x, x.detach(), estimator="unbiased", root=True)
+    assert z == 1e-4
+    assert torch.equal(torch.autograd.grad(z, x)[0], torch.zeros_like(x))
 
 
 def test_extremes(device):
