@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -49,7 +50,7 @@ class Pretrained(nn.Module):
 
         Raises:
             FileNotFoundError: one of the two files is missing.
-            ValueError: they are of another model, or do not fit each other.
+            ValueError: they are damaged, of another model, or do not fit each other.
         """
         folder = Path(directory)
         for name in (CONFIG, WEIGHTS):
@@ -57,7 +58,11 @@ class Pretrained(nn.Module):
                 raise FileNotFoundError(f"{folder} is no saved {cls.model_type}: it has no {name}")
         model = cls(cls.read_config(folder / CONFIG))
         try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
+            weights = load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
+        try:
+            model.load_state_dict(weights)
         except RuntimeError as error:
             first = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
             raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {first}") from error

@@ -57,6 +57,8 @@ class XMCGANConfig:
         text_encoder: name or path for `fastxm.encoders.text_encoder`; the paper's is BERT base.
         text_width: E, width of that encoder's features (768 for BERT base).
         words: T, word slots of a caption.
+        sentence: the sentence vector, "masked_mean" of the words or "reference", which counts what
+            the encoder makes of padding too (the released code).
         attention: "shared" attends once, at 16 x 16, for all layers (the released code);
             "per_layer" lets every layer attend from its own features (the paper's figure 2), at
             the cost of an E-channel query map at every size.
@@ -73,6 +75,7 @@ class XMCGANConfig:
     text_encoder: str = "minilm"
     text_width: int = 384
     words: int = 17
+    sentence: str = "masked_mean"
     attention: str = "shared"
     attention_sharpness: float = 15.0
     first_layer: str = "z"
@@ -80,6 +83,7 @@ class XMCGANConfig:
     def __post_init__(self) -> None:
         for name, allowed in {
             "image_size": tuple(UP),
+            "sentence": ("masked_mean", "reference"),
             "attention": ("shared", "per_layer"),
             "first_layer": ("z", "z_sentence"),
         }.items():
@@ -143,7 +147,7 @@ class Generator(nn.Module):
                 discriminator's own step discards them).
 
         Returns:
-            [B, 3, S, S] in (0, 1), at least float32.
+            [B, 3, S, S] in [0, 1], at least float32.
         """
         condition = torch.cat([self.sentence(sentence), z.to(words.dtype)], 1)
         x = self.first(z if self.config.first_layer == "z" else condition)
@@ -260,8 +264,8 @@ class XMCGAN(Pretrained):
         if not self._encoder:
             from fastxm.encoders import text_encoder
 
-            config = self.config
-            self.attach(text_encoder(config.text_encoder, max_length=config.words))
+            name, options = self.config.text_encoder, {"sentence": self.config.sentence}
+            self.attach(text_encoder(name, max_length=self.config.words, **options))
         return self._encoder[0]
 
     def attach(self, encoder: Any) -> None:
