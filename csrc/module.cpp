@@ -6,6 +6,9 @@
 #include "cpu/mmd.h"
 #include "cpu/modulation.h"
 #include "cpu/simd.h"
+#ifdef FASTXM_CUDA
+#include "cuda/modulation.h"
+#endif
 
 namespace py = pybind11;
 
@@ -32,4 +35,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was built and the instruction set used on this machine.");
   m.def("mmd_cpu", &fastxm::mmd_cpu, release());
   m.def("modulation_cpu", &fastxm::modulation_cpu, release());
+#ifdef FASTXM_CUDA
+  m.def("modulation_cuda", &fastxm::modulation_cuda, release());
+#endif
 }

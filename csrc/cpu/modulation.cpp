@@ -1,3 +1,4 @@
+// Modulation on the CPU, a unit of work at a time. Formula: fastxm/ops/modulation.py.
 #include "modulation.h"
 
 #include <algorithm>
@@ -12,10 +13,8 @@ namespace fastxm {
 namespace {
 
 using std::int64_t;
-
-constexpr int64_t kChunk = 1024;   // values of a plane that are read twice while in cache
-constexpr int64_t kPixels = 16;    // likewise, pixels of all channels
-
+constexpr int64_t kChunk = 1024;  // values of a plane that are read twice while in cache
+constexpr int64_t kPixels = 16;   // likewise, pixels of all channels
 using Pass = ModulationPass;
 
 template <class X, class G>
@@ -33,7 +32,7 @@ struct Args {
 
 template <class A>
 FASTXM_INLINE A act(A z, A floor) {
-  return z < floor ? floor : z;  // NaN stays
+  return z < floor ? floor : z;
 }
 
 template <class A>
@@ -87,8 +86,7 @@ template <class X, class G, class A = typename Args<X, G>::A>
 FASTXM_INLINE void plane_map(const Args<X, G>& a, int64_t unit) {
   const int64_t h = a.s.h, w = a.s.w, k = a.s.k, W = w * k;
   const A mean = a.mean[unit], rstd = a.rstd[unit], floor = a.floor;
-  const bool backward = a.pass == Pass::dx;
-  const A p = backward ? a.p[unit] : 0, q = backward ? a.q[unit] : 0;
+  const A p = a.p ? a.p[unit] : 0, q = a.q ? a.q[unit] : 0;
   std::vector<A> scratch(2 * W);
   A *scale = scratch.data(), *shift = scale + W;
   for (int64_t row = 0; row < h * k; ++row) {
@@ -96,7 +94,7 @@ FASTXM_INLINE void plane_map(const Args<X, G>& a, int64_t unit) {
     if (row % k == 0) upsample(a.gamma + cell, a.beta + cell, rstd, w, k, scale, shift);
     const X* x = a.x + at;
     X* out = a.out + at;
-    if (!backward) {
+    if (a.pass == Pass::fwd) {
 #pragma omp simd
       for (int64_t i = 0; i < W; ++i)
         from_float(act((to_float(x[i]) - mean) * scale[i] + shift[i], floor), out[i]);
@@ -260,15 +258,23 @@ FASTXM_UNIT(float, float)
 FASTXM_UNIT(bfloat16, float)
 FASTXM_UNIT(bfloat16, bfloat16)
 FASTXM_UNIT(double, double)
-#undef FASTXM_UNIT
 
 template <class X, class G>
 void run(Pass pass, const Modulation& s, int threads) {
   using A = typename Args<X, G>::A;
-  const Args<X, G> a{pass, s, s.relu ? A(0) : -A(INFINITY), pointer<const X>(s.x),
-                     pointer<const X>(s.dout), pointer<X>(s.out), pointer<const G>(s.gamma),
-                     pointer<const G>(s.beta), pointer<const A>(s.mean), pointer<const A>(s.rstd),
-                     pointer<const A>(s.p), pointer<const A>(s.q), pointer<A>(s.first),
+  const Args<X, G> a{pass,
+                     s,
+                     s.relu ? A(0) : -A(INFINITY),
+                     pointer<const X>(s.x),
+                     pointer<const X>(s.dout),
+                     pointer<X>(s.out),
+                     pointer<const G>(s.gamma),
+                     pointer<const G>(s.beta),
+                     pointer<const A>(s.mean),
+                     pointer<const A>(s.rstd),
+                     pointer<const A>(s.p),
+                     pointer<const A>(s.q),
+                     pointer<A>(s.first),
                      pointer<A>(s.second)};
   int64_t units = s.B * (s.last ? 1 : s.C);
   if (s.last && pass != Pass::stats) units *= s.h * (pass == Pass::sums ? 1 : s.k);
@@ -282,7 +288,7 @@ void run(Pass pass, const Modulation& s, int threads) {
 void modulation_cpu(int pass, const ModulationSizes& sizes, const ModulationAddresses& addresses,
                     int threads) {
   const Modulation s = modulation(sizes, addresses);
-  const Pass p = static_cast<Pass>(pass);
+  const auto p = static_cast<Pass>(pass);
   if (s.x_dtype == 0 && s.gamma_dtype == 0) return run<float, float>(p, s, threads);
   if (s.x_dtype == 1 && s.gamma_dtype == 0) return run<bfloat16, float>(p, s, threads);
   if (s.x_dtype == 1 && s.gamma_dtype == 1) return run<bfloat16, bfloat16>(p, s, threads);

@@ -49,4 +49,33 @@ __device__ __forceinline__ T block_sum(T x, T* scratch) {
   return total;
 }
 
+// n / d for n < 2^31, in a multiplication and a shift
+struct Divisor {
+  unsigned d, factor, shift;
+  explicit Divisor(int64_t value) : d(static_cast<unsigned>(value)), factor(0), shift(0) {
+    while (shift < 31 && (1u << shift) < d) ++shift;
+    factor = static_cast<unsigned>(
+        ((std::uint64_t(1) << 32) * ((std::uint64_t(1) << shift) - d)) / d + 1);
+  }
+  __device__ __forceinline__ int div(int n) const {
+    return static_cast<int>((__umulhi(unsigned(n), factor) + unsigned(n)) >> shift);
+  }
+};
+
+// V neighbours, moved in 16 bytes at a time
+template <class T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
+  T at[V];
+};
+
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
+template <int V, class T>
+__device__ __forceinline__ void store(T* to, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
 }  // namespace fastxm

@@ -4,7 +4,8 @@
     (gamma, beta)[p] = sum_j a[j, p] word_gamma_beta[j] + global_gamma_beta
 
 gamma and beta are linear in the context sum_j a[j, p] words[j], so the linear map is applied to
-the T words instead of the h w contexts, and no [B, E, h, w] context exists.
+the T words instead of the h w contexts, and no [B, E, h, w] context exists. Both sums are products
+of small matrices, so this is plain PyTorch on every device.
 """
 
 import torch
@@ -25,27 +26,25 @@ def word_attention(
         sharpness: what multiplies the cosines.
 
     Returns:
-        [B, T, h, w], float32 (float64 for float64): over T it sums to 1.
+        [B, T, h, w], float32 (float64 for float64); sums to 1 over T.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    B, E = query.shape[:2]
-    if query.ndim != 4 or words.ndim != 3 or words.shape[::2] != (B, E) or lengths.shape != (B,):
-        raise ValueError("attention needs query [B, E, h, w], words [B, T, E] and lengths [B], not "
-                         f"{list(query.shape)}, {list(words.shape)} and {list(lengths.shape)}")  # fmt: skip
-    valid = torch.arange(words.shape[1], device=words.device) < lengths.view(-1, 1)  # [B, T]
+    shapes = [list(t.shape) for t in (query, words, lengths)]
+    if query.ndim != 4 or words.ndim != 3 or words.shape[::2] != query.shape[:2]:
+        raise ValueError(f"attention needs query [B, E, h, w] and words [B, T, E], not {shapes}")
+    if lengths.shape != words.shape[:1]:
+        raise ValueError(f"attention needs lengths [B] beside words [B, T, E], not {shapes}")
+    here = torch.arange(words.shape[1], device=words.device) < lengths[:, None]  # [B, T]
     with torch.autocast(query.device.type, enabled=False):
         q, w = dispatch.wide(query.flatten(2), words)
         cosines = (w * _inverse_norm(w, 2)) @ q * _inverse_norm(q, 1)  # [B, T, h w]
-        # a finite floor, then zero: a sample without words gives zero, not NaN
-        masked = (sharpness * cosines).masked_fill(~valid[:, :, None], torch.finfo(q.dtype).min)
-        attention = masked.softmax(1) * valid[:, :, None]
+        # a finite floor and then zero: a text without words gives zero, not NaN
+        floor = torch.finfo(q.dtype).min
+        logits = (sharpness * cosines).masked_fill(~here[:, :, None], floor)
+        attention = logits.softmax(1) * here[:, :, None]
     return attention.unflatten(2, query.shape[2:])
-
-
-def _inverse_norm(x: Tensor, dim: int) -> Tensor:
-    return x.square().sum(dim, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def word_modulation(
@@ -59,32 +58,40 @@ def word_modulation(
 ) -> tuple[Tensor, Tensor]:
     """The gamma and beta maps of attentional self-modulation (Zhang et al. 2021, XMC-GAN).
 
+    Several layers share one attention by tables set side by side along C: the halves become
+    [gamma_1, gamma_2, ...] and [beta_1, beta_2, ...], and the maps are split along C after.
+
     Args:
         query: [B, E, h, w], NCHW or channels_last.
         words: [B, T, E]; rows are L2-normalised inside.
         lengths: [B], how many of the T words are there; with 0 only the global part remains.
-        word_gamma_beta: [B, T, 2C], what each word adds: gamma in the first half, beta in the second. XMC-GAN's
-            context sums normalised words, so this is normalize(words) @ weight.T there. Several
-            layers share one attention by tables set side by side along the last axis:
-            [gamma_1, gamma_2, ..., beta_1, beta_2, ...], the results split along C.
+        word_gamma_beta: [B, T, 2C], what each word gives, gamma in the first half and beta in the
+            second. XMC-GAN's context is a sum of normalised words, so the table is a linear map
+            of torch.nn.functional.normalize(words, dim=-1) there, not of words.
         global_gamma_beta: [B, 2C], what every location receives.
         sharpness: what multiplies the cosines.
 
     Returns:
-        gamma, beta: [B, C, h, w] each, in word_gamma_beta's dtype, in query's memory format.
+        gamma, beta: [B, C, h, w] each, in word_gamma_beta's dtype (autocast's under autocast) and
+        in the order of query: NCHW or channels_last.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    B, T, C2 = word_gamma_beta.shape
-    if (B, T) != words.shape[:2] or global_gamma_beta.shape != (B, C2) or C2 % 2:
-        raise ValueError("word_modulation needs word_gamma_beta [B, T, 2C] and global_gamma_beta "
-                         f"[B, 2C], not {list(word_gamma_beta.shape)} and {list(global_gamma_beta.shape)}")  # fmt: skip
-    attention = word_attention(query, words, lengths, sharpness=sharpness).flatten(2)  # [B, T, h w]
-    attention = attention.to(word_gamma_beta.dtype)
+    table, everywhere = word_gamma_beta, global_gamma_beta
+    fits = table.ndim == 3 and table.shape[:2] == words.shape[:2] and table.shape[2] % 2 == 0
+    if not fits or everywhere.shape != (table.shape[0], table.shape[2]):
+        shapes = [list(t.shape) for t in (table, everywhere)]
+        raise ValueError(f"word_modulation needs tables [B, T, 2C] and [B, 2C], not {shapes}")
+    attention = word_attention(query, words, lengths, sharpness=sharpness)
+    attention, everywhere = attention.flatten(2).to(table.dtype), everywhere.to(table.dtype)
     if query.is_contiguous(memory_format=torch.channels_last):
-        maps = torch.baddbmm(global_gamma_beta[:, None], attention.mT, word_gamma_beta).mT
+        maps = torch.baddbmm(everywhere[:, None], attention.mT, table).mT
     else:
-        maps = torch.baddbmm(global_gamma_beta[:, :, None], word_gamma_beta.mT, attention)
+        maps = torch.baddbmm(everywhere[:, :, None], table.mT, attention)
     gamma, beta = maps.unflatten(2, query.shape[2:]).chunk(2, 1)
     return gamma, beta
+
+
+def _inverse_norm(x: Tensor, dim: int) -> Tensor:
+    return x.square().sum(dim, keepdim=True).clamp_min(1e-12).rsqrt()
