@@ -25,14 +25,26 @@ def cuda_home() -> Path | None:
     wanted = os.environ.get("FASTXM_CUDA", "")
     if wanted == "0":
         return None
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and (Path(home) / "bin" / "nvcc").exists():
+    nvcc = shutil.which("nvcc")
+    # the nvcc on PATH may be a script that stands outside its toolkit
+    beside = Path(nvcc).resolve().parent.parent if nvcc else None
+    for home in (
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        beside,
+        "/usr/local/cuda",
+    ):
+        if home and (Path(home) / "bin" / "nvcc").exists() and cudart(Path(home)):
             return Path(home)
-    if nvcc := shutil.which("nvcc"):
-        return Path(nvcc).resolve().parent.parent
     if wanted == "1":
         sys.exit("fastxm: FASTXM_CUDA=1 but no nvcc: put it on PATH or set CUDA_HOME")
     return None
+
+
+def cudart(home: Path) -> Path | None:
+    """The folder of the static CUDA runtime."""
+    folders = (home / "lib64", home / "targets/x86_64-linux/lib", home / "lib")
+    return next((path for path in folders if (path / "libcudart_static.a").exists()), None)
 
 
 def cuda_archs() -> list[str]:
@@ -92,9 +104,7 @@ class NinjaBuild(build_ext):
                 f"-I{ROOT / 'csrc'} -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d\n  deps = gcc",
             ]
-            lib = next(p for p in (home / "lib64", home / "targets/x86_64-linux/lib", home / "lib")
-                       if (p / "libcudart_static.a").exists())  # fmt: skip
-            libraries += f" -L{lib} -lcudart_static -ldl -lrt -lpthread"
+            libraries += f" -L{cudart(home)} -lcudart_static -ldl -lrt -lpthread"
             builds += [(path, "nvcc") for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
         rules.append(f"rule link\n  command = {cxx} {link} $in {libraries} -o $out")
         objects = []
