@@ -4,6 +4,8 @@ import hashlib
 import multiprocessing
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -124,8 +126,19 @@ def read_all(
         return
     # fork where it is the habit: a script without a __main__ guard works
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, context, leave_with, (os.getpid(),)) as pool:
         yield from pool.map(read, paths, chunksize=32)
+
+
+def leave_with(parent: int) -> None:
+    """Ends this process when its parent is gone, killed perhaps: a fork would hold its locks."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def read_one(

@@ -1,10 +1,14 @@
 """Claim: a cache is whole or it is not there, and a whole one is not made again."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from fixtures import same, write_folder
 
 from fastxm.data import folder
@@ -102,6 +106,34 @@ def test_size_and_origin_are_other_caches(tmp_path):
     _, _, b = rendered(base, 5, cache_dir=tmp_path, progress=False)
     _, _, c = rendered(replace(base, made_of={"v": 2}), 4, cache_dir=tmp_path, progress=False)
     assert len({a, b, c}) == 3
+
+
+SLOW = """
+import sys, time
+import numpy as np
+from fastxm.data import pictures
+from fastxm.data.pictures import Picture, Source, rendered
+pictures.FEW = 0
+def read(path, size):
+    print("reading", flush=True)
+    time.sleep(0.05)
+    return np.zeros((size, size, 3), np.uint8)
+all = [Picture(f"{i:03}", str(i), ["x"], str(i), "train") for i in range(2000)]
+rendered(Source("numbers", all, read), 4, cache_dir=sys.argv[1], workers=2, progress=False)
+"""
+
+
+def test_a_killed_run_leaves_no_cache_and_no_process(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+    )
+    assert run.stdout.readline() == b"reading\n"
+    run.kill()
+    run.communicate(timeout=30)  # to the end of its output: the workers hold it, and are gone
+    assert [p.name for p in tmp_path.glob("numbers*") if p.is_dir()] == []
+    with FileLock(next(tmp_path.glob("*.lock")), timeout=1):
+        pass
 
 
 def test_processes_give_what_one_gives(tmp_path, monkeypatch):
