@@ -40,7 +40,8 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def seed_all(seed: int) -> None:
-    """Seeds every global random generator."""
+    """Seeds every global random generator; cuDNN keeps to algorithms that repeat."""
+    torch.backends.cudnn.deterministic = True
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

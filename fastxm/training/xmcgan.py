@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -188,7 +189,8 @@ class XMCGANRecipe(Recipe):
                 "generator": torch.autograd.grad(scale(loss_g), g),
             }
         )
-        return {"loss_d": loss_d, "loss_g": loss_g, **of_d, **of_g}
+        metrics = {"loss_d": loss_d, "loss_g": loss_g, **of_d, **of_g}
+        return {name: value.detach() for name, value in metrics.items()}
 
     def generate(self, batch: Batch, *, update_stats: bool) -> Tensor:
         z = torch.randn(len(batch["image"]), self.config.model.z_dim, device=self.device)
@@ -284,11 +286,12 @@ class XMCGANRecipe(Recipe):
 
 
 def sample_captions(splits: list[CaptionedImages], count: int) -> list[str]:
-    """Captions spread evenly over the splits, in equal shares; empty splits are passed over."""
+    """Captions spread over what training draws, in equal shares of the splits that hold any."""
     filled = [dataset for dataset in splits if len(dataset)]
     captions = []
     for k, dataset in enumerate(filled):
         share = count * (k + 1) // len(filled) - count * k // len(filled)
-        places = torch.linspace(0, len(dataset) - 1, share).long().tolist()
-        captions += [dataset.captions[i][0] for i in places]
+        ends = np.cumsum(dataset.weights)
+        points = (np.arange(share) + 0.5) / share * ends[-1]
+        captions += [dataset.captions[i][0] for i in np.searchsorted(ends, points)]
     return captions

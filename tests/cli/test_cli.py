@@ -151,6 +151,19 @@ def test_bench_runs_a_script_and_returns_its_code(tmp_path, monkeypatch, capsys)
     assert "come with a checkout" in refused(capsys, "bench")
 
 
+def test_demo_is_prepare_train_sample_and_goes_on(tmp_path, monkeypatch):
+    called = []
+    for name in ("prepare", "train_xmcgan", "sample"):
+        monkeypatch.setattr(cli, name, lambda flags, name=name: called.append((name, flags)))
+    assert cli.main(["demo", "--out", str(tmp_path), "--minutes", "2"]) == 0
+    assert [name for name, _ in called] == ["prepare", "train_xmcgan", "sample"]
+    train = called[1][1]
+    assert train == ["--preset", "cpu-demo", "--out", str(tmp_path), "--max-minutes", "2.0"]
+    (tmp_path / "config.yaml").touch()
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+    assert called[4][1][-1] == "--resume"
+
+
 def test_every_preset_is_a_configuration():
     made = {
         name: configs.construct(XMCGANTraining, configs.preset("xmcgan", name), name)

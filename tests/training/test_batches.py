@@ -1,0 +1,65 @@
+"""Batches hold the pictures and features of the same captions, and take up where they stopped."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from small import Letters
+
+from fastxm.data import open_dataset, text_features
+from fastxm.training.batches import CaptionedBatches, split
+from fastxm.training.xmcgan import sample_captions
+
+
+def opened(folder, **options):
+    dataset = open_dataset(folder, 64, progress=False)
+    return CaptionedBatches(
+        dataset, text_features(dataset, Letters(), progress=False), 6, **options
+    )
+
+
+def test_a_batch_belongs_together(folder):
+    batches = opened(folder)
+    batch = next(iter(batches))
+    encoded = Letters()(batch["caption"])
+    for k, (index, caption) in enumerate(zip(batch["index"].tolist(), batch["caption"])):
+        assert caption in batches.dataset.captions[index]
+        assert torch.equal(batch["image"][k], batches.dataset.image(index))
+    assert torch.equal(batch["lengths"], encoded.lengths)
+    # features are kept in half precision
+    torch.testing.assert_close(batch["words"], encoded.words.half().float())
+    torch.testing.assert_close(batch["sentence"], encoded.sentence.half().float())
+
+
+def test_the_position_is_taken_up(folder):
+    batches = opened(folder, seed=3)
+    stream = iter(batches)
+    next(stream)
+    state = batches.state_dict()
+    expected = [next(stream)["index"] for _ in range(3)]
+    again = opened(folder, seed=4)
+    again.load_state_dict(state)
+    found = [batch["index"] for batch, _ in zip(again, range(3))]
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_parts_are_consecutive_and_whole(folder):
+    batch = next(iter(opened(folder)))
+    parts = split(batch, 3)
+    assert [len(part["caption"]) for part in parts] == [2, 2, 2]
+    for name, value in batch.items():
+        pieces = [part[name] for part in parts]
+        if isinstance(value, list):
+            assert [text for piece in pieces for text in piece] == value
+        else:
+            assert torch.equal(torch.cat(pieces), value)
+
+
+def test_sample_captions_follow_the_weights(folder):
+    dataset = open_dataset(folder, 64, progress=False)
+    weights = np.zeros(len(dataset))
+    weights[2], weights[5] = 1, 3
+    weighted = dataclasses.replace(dataset, weights=weights)
+    two, five = dataset.captions[2][0], dataset.captions[5][0]
+    assert sample_captions([weighted, dataset.select([])], 4) == [two, five, five, five]
+    assert len(sample_captions([dataset, weighted], 7)) == 7
