@@ -56,7 +56,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, first):
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_metrics(tmp_path):
-    steps = 400
+    steps = 200
     loop = LoopConfig(steps=steps, log_every=3, sample_every=50, checkpoint_every=7)
     whole = train(Toy(), tmp_path / "whole", loop)
     out, script = tmp_path / "killed", Path(__file__).with_name("toy.py")

@@ -219,9 +219,7 @@ def test_compiled_without_a_graph_break_it_computes_the_same(folder, monkeypatch
     runs = []
     for ours in (plain, compiled):
         ours.build()
-        alone, joint = batches(ours)
-        ours.discriminator_step(alone)
-        runs.append({k: v.detach() for k, v in ours.joint_step(joint).items()})
+        runs.append(ours.joint_step(batches(ours)[1]))
     torch.testing.assert_close(runs[0], runs[1])
     same(plain.model, compiled.model)
 
