@@ -1,0 +1,106 @@
+"""Frechet distance between sets of features, and recall of retrieval.
+
+FD = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
+tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i),  lambda the eigenvalues of C1^(1/2) C2 C1^(1/2)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that come in batches, in float64.
+
+    Args:
+        width: D.
+
+    Attributes:
+        count: rows seen.
+        mean: [D].
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64)  # about the mean
+
+    @classmethod
+    def of(cls, features: Tensor) -> "FeatureStatistics":
+        """The statistics of one batch [N, D]."""
+        return cls(features.shape[1]).update(features)
+
+    def update(self, features: Tensor) -> "FeatureStatistics":
+        """Adds features [N, D] (Chan, Golub and LeVeque 1979, merging two samples)."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features are [N, {len(self.mean)}], not {tuple(features.shape)}")
+        if not features.isfinite().all():
+            raise ValueError("features are not finite")
+        if len(features) == 0:
+            return self
+        batch = features.detach().to("cpu", torch.float64)
+        total = self.count + len(batch)
+        mean = batch.mean(0)
+        gap, centred = mean - self.mean, batch - mean
+        self.scatter += centred.T @ centred
+        self.scatter += torch.outer(gap, gap) * (self.count * len(batch) / total)
+        self.mean += gap * (len(batch) / total)
+        self.count = total
+        return self
+
+    @property
+    def covariance(self) -> Tensor:
+        """[D, D], unbiased."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 rows, not {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6).
+
+    Args:
+        mean1, mean2: [D].
+        cov1, cov2: [D, D], positive semi-definite.
+    """
+    mean1, cov1, mean2, cov2 = (t.double() for t in (mean1, cov1, mean2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
+    return max(distance.item(), 0.0)
+
+
+def frechet(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Squared Frechet distance of two sets of features."""
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def retrieval_recall(
+    query: Tensor, keys: Tensor, truth: Tensor, ks: Sequence[int] = (1, 5, 10)
+) -> dict[int, float]:
+    """R@k: the share of queries with a right key among their k nearest by cosine.
+
+    Args:
+        query: [Q, D].
+        keys: [M, D].
+        truth: [Q] integers, the right key of each query; or [Q, M] booleans, all right keys.
+        ks: cut-offs.
+
+    Returns:
+        {k: recall in [0, 1]}. A wrong key as near as the nearest right one counts as nearer:
+        queries that are all alike earn nothing.
+    """
+    if truth.ndim == 1:
+        truth = torch.nn.functional.one_hot(truth, len(keys)).bool()
+    if truth.shape != (len(query), len(keys)):
+        raise ValueError(f"truth is [Q] or [Q, M] = {len(query), len(keys)}, not {truth.shape}")
+    if not truth.any(1).all():
+        raise ValueError("every query needs a right key")
+    unit = torch.nn.functional.normalize
+    scores = unit(query.double(), dim=1) @ unit(keys.double(), dim=1).T  # [Q, M]
+    best = scores.masked_fill(~truth, -torch.inf).amax(1, keepdim=True)
+    # cosines of equal rows may differ in their last bits
+    rank = ((scores >= best - 1e-9) & ~truth).sum(1)
+    return {k: (rank < k).double().mean().item() for k in ks}
