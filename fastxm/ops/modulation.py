@@ -54,6 +54,7 @@ def modulation(
 
     Raises:
         ValueError: shapes that do not fit, an unknown norm or activation, no running statistics.
+        TypeError: tensors that are not floating, or of several devices.
     """
     _check(x, gamma, beta, norm, activation)
     axes, mean, var = AXES[norm], None, None
@@ -75,6 +76,9 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, norm: str, activation: str) -
     if norm not in AXES or activation not in ("none", "relu"):
         raise ValueError(f"norm is one of {', '.join(AXES)} and activation relu or none, "
                          f"not {norm!r} and {activation!r}")  # fmt: skip
+    if not all(t.is_floating_point() and t.device == x.device for t in (x, gamma, beta)):
+        raise TypeError("modulation needs floating tensors of one device, not "
+                        f"{[(t.dtype, str(t.device)) for t in (x, gamma, beta)]}")  # fmt: skip
     fits = x.ndim == gamma.ndim == 4 and gamma.shape == beta.shape and x.shape[:2] == beta.shape[:2]
     if fits:
         (H, W), (h, w) = x.shape[2:], gamma.shape[2:]
@@ -99,7 +103,7 @@ def _fwd(
     axes: list[int], eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if mean is not None and var is not None:  # an output is no view of an input
-        mean, var = (t.to(dispatch.wide_dtype(x), copy=True) for t in (mean, var))
+        mean, var = (t.to(x.device, dispatch.wide_dtype(x), copy=True) for t in (mean, var))
     return _backend(x).fwd(x, gamma, beta, mean, var, axes, eps, relu)
 
 

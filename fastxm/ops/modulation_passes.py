@@ -89,20 +89,20 @@ class Fused:
     def run(self, name: str, relu: bool, parts: int, **tensors: Tensor) -> None:
         """One pass: fills `out`, or `first` and `second`."""
         x, at = tensors["x"], [tensors.get(key) for key in TENSORS]
-        if self.name == "triton":
-            kernels = importlib.import_module("fastxm.kernels.modulation")
-            getattr(kernels, name)(*at, _last(x), relu, parts)
-            return
-        gamma = tensors.get("gamma", x)
-        sizes = [DTYPES[x.dtype], DTYPES[gamma.dtype], *gamma.shape, x.shape[2] // gamma.shape[2],
-                 parts, _last(x), relu]  # fmt: skip
-        addresses = [0 if t is None else t.data_ptr() for t in at]
-        if self.name == "cpu":
-            _C.modulation_cpu(PASSES.index(name), sizes, addresses, dispatch.threads())
-            return
         with torch.cuda.device_of(x):
-            stream = torch.cuda.current_stream().cuda_stream
-            _C.modulation_cuda(PASSES.index(name), sizes, addresses, stream)
+            if self.name == "triton":
+                kernels = importlib.import_module("fastxm.kernels.modulation")
+                getattr(kernels, name)(*at, _last(x), relu, parts)
+                return
+            gamma = tensors.get("gamma", x)
+            sizes = [DTYPES[x.dtype], DTYPES[gamma.dtype], *gamma.shape,
+                     x.shape[2] // gamma.shape[2], parts, _last(x), relu]  # fmt: skip
+            addresses = [0 if t is None else t.data_ptr() for t in at]
+            if self.name == "cpu":
+                _C.modulation_cpu(PASSES.index(name), sizes, addresses, dispatch.threads())
+            else:
+                stream = torch.cuda.current_stream().cuda_stream
+                _C.modulation_cuda(PASSES.index(name), sizes, addresses, stream)
 
 
 def _ready(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:

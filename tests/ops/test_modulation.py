@@ -232,5 +232,9 @@ def test_bad_input():
             modulation(*bad)
     with pytest.raises(ValueError, match="norm"):
         modulation(x, gamma, gamma, norm="group")
+    with pytest.raises(TypeError, match="floating"):
+        modulation(x, gamma.int(), gamma)
+    with pytest.raises(TypeError, match="one device"):
+        modulation(x, gamma, gamma.to("meta"))
     with pytest.raises(ValueError, match="running_mean"):
         modulation(x, gamma, gamma, training=False)
