@@ -19,7 +19,8 @@ class Conv2d(nn.Conv2d):
         c_in, c_out: channels.
         kernel: its side, odd.
         up: double the input's size first. Four neighbours are one input, so this is one transposed
-            convolution of stride 2 with summed kernels: 4 products for 9, the same numbers.
+            convolution of stride 2 with summed kernels: 4 products for 9, the same numbers. It is
+            used from 8 x 8 inputs on; below, the many channels of few pixels make it slower.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel: int, *, up: bool = False) -> None:
@@ -30,10 +31,12 @@ class Conv2d(nn.Conv2d):
         glorot_normal_(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.up:
+        if self.up and x.shape[-1] >= 8:
             weight = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
             weight = weight.transpose(0, 1).flip(2, 3)  # [C_in, C_out, 4, 4]
             return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
+        if self.up:
+            x = upsample(x)
         return F.conv2d(x, self.weight, self.bias, padding=self.padding)
 
 

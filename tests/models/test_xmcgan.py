@@ -122,7 +122,7 @@ def test_shapes_and_gradients(size, options):
         assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 5, 4, 6), (3, 4, 8, 8)])
+@pytest.mark.parametrize("shape", [(2, 5, 4, 6), (1, 3, 8, 8), (3, 4, 5, 9)])
 def test_upsampling_convolution(shape):
     layer = Conv2d(shape[1], 7, 3, up=True)
     x, bias = torch.randn(shape), torch.randn(7)
