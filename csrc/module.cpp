@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/info_nce.h"
 #include "cpu/mmd.h"
 #include "cpu/modulation.h"
+#include "cpu/region_word.h"
 #include "cpu/simd.h"
 #ifdef FASTXM_CUDA
 #include "cuda/modulation.h"
@@ -33,8 +35,13 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastxm.";
   m.def("build_info", &build_info, "What was built and the instruction set used on this machine.");
+  m.def("info_nce_fwd_cpu", &fastxm::info_nce_fwd_cpu, release());
+  m.def("info_nce_bwd_cpu", &fastxm::info_nce_bwd_cpu, release());
   m.def("mmd_cpu", &fastxm::mmd_cpu, release());
   m.def("modulation_cpu", &fastxm::modulation_cpu, release());
+  m.def("region_word_attention_cpu", &fastxm::region_word_attention_cpu, release());
+  m.def("region_word_bwd_cpu", &fastxm::region_word_bwd_cpu, release());
+  m.def("region_word_pool_cpu", &fastxm::region_word_pool_cpu, release());
 #ifdef FASTXM_CUDA
   m.def("modulation_cuda", &fastxm::modulation_cuda, release());
 #endif

@@ -18,11 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.dispatch import wide
 from fastxm.ops.distributed import gather_rows, row_counts
-from fastxm.ops.info_nce_blocks import formula, formula_bwd
-
-OFFERED = ("reference",)
+from fastxm.ops.info_nce_blocks import backend, blocks_bwd, blocks_fwd, formula, formula_bwd
 
 
 def info_nce(
@@ -51,38 +48,36 @@ def info_nce(
         label_smoothing: e in [0, 1): the share of the target spread evenly over all candidates.
         offset: where the positives begin in y, 0 <= offset <= M - N.
         reduction: "mean" | "sum" | "none". The mean of no rows is NaN, their sum 0.
-        group: a torch.distributed group. Each rank holds its own pairs (as many as it likes, M = N
-            on each) and meets the negatives of all; `labels` are its own. "mean" is then
-            ranks / total rows * the sum of its own rows, so that the average over ranks, which is
-            what DistributedDataParallel takes of the gradients, is the mean over the whole batch.
+        group: a torch.distributed group: each rank gives its own pairs (M = N, of any number) and
+            labels, and meets the negatives of all. "mean" is then ranks / total rows * the sum of
+            its own, so that the average over ranks, DistributedDataParallel's, is the whole mean.
 
     Returns:
         scalar, or [N] for "none"; float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: the shapes or options do not fit together.
+        ValueError: shapes or options do not fit together. TypeError: x or y is not floating.
 
     Source: van den Oord et al. 2018, eq. 4; Radford et al. 2021 (symmetric, learned scale).
     """
-    _check(x, y, labels, symmetric, label_smoothing, offset, reduction, group)
-    scale = torch.as_tensor(logit_scale, dtype=wide(x[:0], y[:0])[0].dtype, device=x.device)
+    square = symmetric or group is not None
+    _check(x, y, labels, square, label_smoothing, offset, reduction)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    scale = torch.as_tensor(logit_scale, dtype=dtype, device=x.device).reshape(())
     if normalize:
         x, y = dispatch.unit_rows(x), dispatch.unit_rows(y)
     if group is not None:
-        losses, weight = _across_ranks(x, y, scale, labels, symmetric, label_smoothing, group)
+        losses, mean = _across_ranks(x, y, scale, labels, symmetric, label_smoothing, group)
     else:
         losses = _fwd(x, y, scale, labels, symmetric, label_smoothing, offset)[0]
-        weight = 1 / len(x) if len(x) else float("nan")
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.sum() * weight
+        mean = 1 / len(x) if len(x) else float("nan")
+    return losses if reduction == "none" else losses.sum() * (mean if reduction == "mean" else 1)
 
 
 def _across_ranks(x, y, scale, labels, symmetric, smoothing, group) -> tuple[Tensor, float]:
-    """The losses of this rank's rows among the rows of all, and their weight in the mean."""
+    """The losses of this rank's rows among the rows of all, and the factor that makes a mean."""
     counts = row_counts(len(x), x.device, group)
-    if labels is not None:
-        labels = gather_rows(labels, counts, group)
+    labels = None if labels is None else gather_rows(labels, counts, group)
     options = (scale, labels, False, smoothing, sum(counts[: dist.get_rank(group)]))
     losses = _fwd(x, gather_rows(y, counts, group), *options)[0]
     if symmetric:
@@ -90,17 +85,17 @@ def _across_ranks(x, y, scale, labels, symmetric, smoothing, group) -> tuple[Ten
     return losses, len(counts) / sum(counts) if sum(counts) else float("nan")
 
 
-def _check(x, y, labels, symmetric, smoothing, offset, reduction, group) -> None:
+def _check(x, y, labels, square, smoothing, offset, reduction) -> None:
+    N, M = len(x), len(y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"info_nce needs x [N, D] and y [M, D], not {x.shape} and {y.shape}")
-    if not (x.is_floating_point() and y.is_floating_point() and x.device == y.device):
-        raise ValueError("info_nce needs x and y floating and on one device")
-    if not 0 <= offset <= len(y) - len(x):
-        raise ValueError(f"offset is in 0 .. M - N = {len(y) - len(x)}, not {offset}")
-    if (symmetric or group is not None) and len(x) != len(y):
-        raise ValueError(f"symmetric and group need M = N, not {len(y)} and {len(x)}")
-    if labels is not None and labels.shape != y.shape[:1]:
-        raise ValueError(f"labels are one a row of y, [{len(y)}], not {labels.shape}")
+    if not x.is_floating_point() or not y.is_floating_point():
+        raise TypeError(f"info_nce needs floating tensors, not {x.dtype} and {y.dtype}")
+    if not 0 <= offset <= M - N or (square and N != M):
+        raise ValueError(f"info_nce needs 0 <= offset <= M - N, and M = N if symmetric or of a "
+                         f"group; N is {N}, M is {M}, offset is {offset}")  # fmt: skip
+    if labels is not None and (labels.shape != (M,) or labels.is_floating_point()):
+        raise ValueError(f"labels are integers [{M}], not {labels.dtype} {labels.shape}")
     if not 0 <= smoothing < 1:
         raise ValueError(f"label_smoothing is in [0, 1), not {smoothing}")
     if reduction not in ("mean", "sum", "none"):
@@ -108,36 +103,18 @@ def _check(x, y, labels, symmetric, smoothing, offset, reduction, group) -> None
 
 
 @torch.library.custom_op("fastxm::info_nce_fwd", mutates_args=())
-def _fwd(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    labels: Tensor | None,
-    symmetric: bool,
-    smoothing: float,
-    offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dispatch.choose("info_nce", x.device, "reference", OFFERED)
-    return formula(x, y, scale, labels, symmetric, smoothing, offset)
+def _fwd(x: Tensor, y: Tensor, scale: Tensor, labels: Tensor | None, symmetric: bool,
+         smoothing: float, offset: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    run = blocks_fwd if backend(x) == "cpu" else formula
+    return run(x, y, scale, labels, symmetric, smoothing, offset)
 
 
 @torch.library.custom_op("fastxm::info_nce_bwd", mutates_args=())
-def _bwd(
-    dloss: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    labels: Tensor | None,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    symmetric: bool,
-    smoothing: float,
-    offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dispatch.choose("info_nce", x.device, "reference", OFFERED)
-    return formula_bwd(
-        dloss, x, y, scale, labels, row_lse, column_lse, symmetric, smoothing, offset
-    )
+def _bwd(dloss: Tensor, x: Tensor, y: Tensor, scale: Tensor, labels: Tensor | None,
+         row_lse: Tensor, column_lse: Tensor, symmetric: bool, smoothing: float,
+         offset: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    run = blocks_bwd if backend(x) == "cpu" else formula_bwd
+    return run(dloss, x, y, scale, labels, row_lse, column_lse, symmetric, smoothing, offset)
 
 
 @_fwd.register_fake
@@ -148,7 +125,7 @@ def _(x, y, scale, labels, symmetric, smoothing, offset):
 
 @_bwd.register_fake
 def _(dloss, x, y, scale, *_):
-    return torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
+    return tuple(torch.empty_like(t) for t in (x, y, scale))
 
 
 def _save(ctx, inputs, output):
@@ -161,7 +138,7 @@ def _backward(ctx, dloss, *_):
     x, y, scale, labels, row_lse, column_lse = ctx.saved_tensors
     if torch.is_grad_enabled():
         grads = dispatch.vjp(
-            lambda *wrt: formula(*wrt, labels, *ctx.options)[0], (x, y, scale), (dloss,)
+            lambda x, y, s: formula(x, y, s, labels, *ctx.options)[0], (x, y, scale), (dloss,)
         )
     else:
         grads = _bwd(dloss, x, y, scale, labels, row_lse, column_lse, *ctx.options)

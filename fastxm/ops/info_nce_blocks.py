@@ -1,9 +1,21 @@
-"""The two ways to InfoNCE: the whole similarity matrix in plain PyTorch, and blocks of its rows."""
+"""The two ways to InfoNCE: the whole similarity matrix in plain PyTorch, and blocks of its rows.
+
+Of each block the vendor's matrix product makes the logits and the C++ epilogue everything else, so
+memory is that of one block and a few vectors.
+"""
 
 import torch
 from torch import Tensor
 
-from fastxm.ops.dispatch import wide
+from fastxm import _C
+from fastxm.ops.dispatch import choose, threads, wide
+
+BLOCK = 1 << 20  # logits of a block: 4 MB of float32, which the last cache level holds
+
+
+def backend(x: Tensor) -> str:
+    auto = "cpu" if x.device.type == "cpu" else "reference"
+    return choose("info_nce", x.device, auto, ("reference", "cpu"))
 
 
 def _logits(x, y, scale, labels, offset) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,14 +32,14 @@ def _logits(x, y, scale, labels, offset) -> tuple[Tensor, Tensor, Tensor]:
 def formula(x, y, scale, labels, symmetric, smoothing, offset) -> tuple[Tensor, Tensor, Tensor]:
     x, y = wide(x, y)
     s, keep, target = _logits(x, y, scale, labels, offset)
-    positive = (1 - smoothing) * s.gather(1, target[:, None])[:, 0]
+    positive = s.gather(1, target[:, None])[:, 0]
     row_lse = s.logsumexp(1)
     linear = s.masked_fill(~keep, 0)
-    loss = row_lse - positive - smoothing * linear.sum(1) / keep.sum(1)
+    loss = row_lse - positive + smoothing * (positive - linear.sum(1) / keep.sum(1))
     if not symmetric:
         return loss, row_lse, s.new_empty(0)
     column_lse = s.logsumexp(0)
-    columns = column_lse - positive - smoothing * linear.sum(0) / keep.sum(0)
+    columns = column_lse - positive + smoothing * (positive - linear.sum(0) / keep.sum(0))
     return (loss + columns) / 2, row_lse, column_lse
 
 
@@ -44,3 +56,68 @@ def formula_bwd(
     dx = ds @ wide_y
     dscale = (wide_x * dx).sum()
     return (scale * dx).to(x.dtype), (scale * ds.T @ wide_x).to(y.dtype), dscale
+
+
+def _blocks(x, y, scale):
+    """Yields the rows of each block as a slice, and their logits, for the caller to overwrite."""
+    rows = max(16, BLOCK // max(len(y), 1))
+    s = x.new_empty(min(rows, len(x)), len(y))
+    x = scale * x
+    for start in range(0, len(x), rows):
+        here = slice(start, min(start + rows, len(x)))
+        yield here, torch.mm(x[here], y.T, out=s[: here.stop - start])
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _candidates(labels, x, y, offset) -> Tensor | int:
+    """How many columns each row chooses from: the positive, and all that have other labels."""
+    if labels is None:
+        return max(len(y), 1)
+    _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
+    return len(y) + 1 - counts[inverse[offset : offset + len(x)]]
+
+
+def blocks_fwd(x, y, scale, labels, symmetric, smoothing, offset) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = wide(x, y)
+    labels = None if labels is None else labels.long().contiguous()
+    row = x.new_empty(3, len(x))
+    column = x.new_tensor([-torch.inf, 0, 0])[:, None].repeat(1, len(y)) if symmetric else None
+    for here, s in _blocks(x, y, scale):
+        _C.info_nce_fwd_cpu(
+            *(s.dtype == torch.float64, s.data_ptr(), *s.shape, offset + here.start),
+            *(_address(labels), row[:, here].data_ptr(), len(x), _address(column)),
+            *(smoothing > 0, threads()),
+        )
+    row_lse, positive, total = row
+    candidates = _candidates(labels, x, y, offset) if smoothing else 1
+    loss = row_lse - positive + smoothing * (positive - total / candidates)
+    if column is None:
+        return loss, row_lse.clone(), x.new_empty(0)
+    column_lse = column[0] + column[1].log()
+    columns = column_lse - positive + smoothing * (positive - column[2] / candidates)
+    return (loss + columns) / 2, row_lse.clone(), column_lse
+
+
+def blocks_bwd(
+    dloss, x, y, scale, labels, row_lse, column_lse, symmetric, smoothing, offset
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide_x, wide_y = wide(x, y)
+    labels = None if labels is None else labels.long().contiguous()
+    weight = dloss / 2 if symmetric else dloss
+    even = smoothing * weight / _candidates(labels, x, y, offset)
+    row = torch.stack([row_lse, weight, even])
+    column = torch.stack([column_lse, weight, even]) if symmetric else None
+    dx, dy = torch.empty_like(wide_x), torch.zeros_like(wide_y)
+    for here, s in _blocks(wide_x, wide_y, scale):
+        _C.info_nce_bwd_cpu(
+            *(s.dtype == torch.float64, s.data_ptr(), *s.shape, offset + here.start),
+            *(_address(labels), row[:, here].data_ptr(), len(x), _address(column)),
+            *(smoothing, threads()),
+        )
+        torch.mm(s, wide_y, out=dx[here])
+        dy.addmm_(s.T, wide_x[here])
+    dscale = (wide_x * dx).sum()
+    return dx.mul_(scale).to(x.dtype), dy.mul_(scale).to(y.dtype), dscale

@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.region_word_blocks import formula, formula_bwd, valid_words
-
-OFFERED = ("reference",)
+from fastxm.ops.region_word_blocks import (
+    backend,
+    blocks_bwd,
+    blocks_fwd,
+    formula,
+    formula_bwd,
+    valid_words,
+)
 
 
 def region_word_scores(
@@ -42,7 +47,7 @@ def region_word_scores(
         [B_text, B_image], float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: shapes do not fit together. TypeError: regions or words are not floating.
 
     Source: Zhang et al. 2021 (XMC-GAN), sec. 3; Xu et al. 2018 (AttnGAN), eqs. 7-10.
     """
@@ -51,6 +56,8 @@ def region_word_scores(
             f"region_word_scores needs regions [B_image, R, D] and words [B_text, T, D], "
             f"not {regions.shape} and {words.shape}"
         )
+    if not regions.is_floating_point() or not words.is_floating_point():
+        raise TypeError(f"regions and words are floating, not {regions.dtype} and {words.dtype}")
     if lengths.shape != words.shape[:1] or lengths.is_floating_point():
         raise ValueError(
             f"lengths are integers [{len(words)}], not {lengths.dtype} {lengths.shape}"
@@ -68,8 +75,8 @@ def region_word_scores(
 def _fwd(
     regions: Tensor, words: Tensor, lengths: Tensor, sharp: float, pool: float, word_softmax: bool
 ) -> Tensor:
-    dispatch.choose("region_word", words.device, "reference", OFFERED)
-    return formula(regions, words, lengths, sharp, pool, word_softmax)
+    run = blocks_fwd if backend(words) == "cpu" else formula
+    return run(regions, words, lengths, sharp, pool, word_softmax)
 
 
 @torch.library.custom_op("fastxm::region_word_bwd", mutates_args=())
@@ -78,13 +85,12 @@ def _bwd(
     regions: Tensor,
     words: Tensor,
     lengths: Tensor,
-    scores: Tensor,
     sharp: float,
     pool: float,
     word_softmax: bool,
 ) -> tuple[Tensor, Tensor]:
-    dispatch.choose("region_word", words.device, "reference", OFFERED)
-    return formula_bwd(dscores, regions, words, lengths, scores, sharp, pool, word_softmax)
+    run = blocks_bwd if backend(words) == "cpu" else formula_bwd
+    return run(dscores, regions, words, lengths, sharp, pool, word_softmax)
 
 
 @_fwd.register_fake
@@ -100,17 +106,17 @@ def _(dscores, regions, words, *_):
 
 def _save(ctx, inputs, output):
     regions, words, lengths, *ctx.options = inputs
-    ctx.save_for_backward(regions, words, lengths, output)
+    ctx.save_for_backward(regions, words, lengths)
 
 
 def _backward(ctx, dscores):
-    regions, words, lengths, scores = ctx.saved_tensors
+    regions, words, lengths = ctx.saved_tensors
     if torch.is_grad_enabled():
         grads = dispatch.vjp(
-            lambda *wrt: formula(*wrt, lengths, *ctx.options), (regions, words), (dscores,)
+            lambda r, w: formula(r, w, lengths, *ctx.options), (regions, words), (dscores,)
         )
     else:
-        grads = _bwd(dscores, regions, words, lengths, scores, *ctx.options)
+        grads = _bwd(dscores, regions, words, lengths, *ctx.options)
     return (*grads, None, None, None, None)
 
 

@@ -1,0 +1,262 @@
+#include "cpu/region_word.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/simd.h"
+
+namespace fastxm {
+namespace {
+
+constexpr double kEps = 1e-12;  // of squared norms, as in the formula
+
+// beta [words, R]: softmax of s [words, R] over its rows, column by column
+template <class T>
+FASTXM_INLINE void softmax_words(const T* s, T* beta, std::int64_t words, std::int64_t R) {
+  std::vector<T> scratch(2 * R);
+  T *maximum = scratch.data(), *total = maximum + R;
+  for (std::int64_t r = 0; r < R; ++r) maximum[r] = s[r];
+  for (std::int64_t j = 1; j < words; ++j) {
+#pragma omp simd
+    for (std::int64_t r = 0; r < R; ++r) maximum[r] = std::max(maximum[r], s[j * R + r]);
+  }
+  for (std::int64_t j = 0; j < words; ++j) {
+#pragma omp simd
+    for (std::int64_t r = 0; r < R; ++r) {
+      T e = exp_fast(s[j * R + r] - maximum[r]);
+      beta[j * R + r] = e;
+      total[r] += e;
+    }
+  }
+#pragma omp simd
+  for (std::int64_t r = 0; r < R; ++r) total[r] = 1 / total[r];
+  for (std::int64_t j = 0; j < words; ++j) {
+#pragma omp simd
+    for (std::int64_t r = 0; r < R; ++r) beta[j * R + r] *= total[r];
+  }
+}
+
+// one row: alpha = softmax(sharp beta), alpha may be beta; returns sum alpha s
+template <class T>
+FASTXM_INLINE T softmax_regions(const T* s, const T* beta, T* alpha, std::int64_t R, T sharp) {
+  T maximum = sharp * beta[0];
+#pragma omp simd reduction(max : maximum)
+  for (std::int64_t r = 0; r < R; ++r) maximum = std::max(maximum, sharp * beta[r]);
+  T total = 0;
+#pragma omp simd reduction(+ : total)
+  for (std::int64_t r = 0; r < R; ++r) {
+    T e = exp_fast(sharp * beta[r] - maximum);
+    alpha[r] = e;
+    total += e;
+  }
+  T scale = 1 / total, dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (std::int64_t r = 0; r < R; ++r) {
+    alpha[r] *= scale;
+    dot += alpha[r] * s[r];
+  }
+  return dot;
+}
+
+template <class T>
+FASTXM_INLINE T cosine(T dot, T word_rnorm, T square) {
+  return dot * word_rnorm / std::sqrt(std::max(square, static_cast<T>(kEps)));
+}
+
+// weights [words]: exp(pool m - best) of the cosines m; returns best, and their sum in total
+template <class T>
+FASTXM_INLINE T pool_weights(const T* dots, const T* word_rnorm, const T* square,
+                             std::int64_t words, T pool, T* weights, T* total) {
+  T best = -INFINITY;
+  for (std::int64_t j = 0; j < words; ++j) {
+    weights[j] = pool * cosine(dots[j], word_rnorm[j], square[j]);
+    best = std::max(best, weights[j]);
+  }
+  *total = 0;
+  for (std::int64_t j = 0; j < words; ++j) *total += weights[j] = std::exp(weights[j] - best);
+  return best;
+}
+
+template <class T>
+FASTXM_INLINE T pool_words(const T* alpha, const T* h, const T* dots, const T* word_rnorm,
+                           T* square, std::int64_t words, std::int64_t R, T pool) {
+  for (std::int64_t j = 0; j < words; ++j) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t r = 0; r < R; ++r) sum += alpha[j * R + r] * h[j * R + r];
+    square[j] = sum;
+  }
+  std::vector<T> weights(words);
+  T total, best = pool_weights(dots, word_rnorm, square, words, pool, weights.data(), &total);
+  return words ? (best + std::log(total)) / pool : static_cast<T>(-INFINITY);
+}
+
+// g: what ds takes through the softmax over regions; s: what it takes as a factor of <w, c>
+template <class T>
+FASTXM_INLINE void gradient_row(T* s, const T* alpha, T* h, T* g, std::int64_t R, T ddot, T dsquare,
+                                T sharp) {
+  T inner = 0;
+#pragma omp simd reduction(+ : inner)
+  for (std::int64_t r = 0; r < R; ++r) {
+    g[r] = ddot * s[r] + 2 * dsquare * h[r];
+    inner += alpha[r] * g[r];
+  }
+#pragma omp simd
+  for (std::int64_t r = 0; r < R; ++r) {
+    g[r] = sharp * alpha[r] * (g[r] - inner);
+    s[r] = ddot * alpha[r];
+    h[r] = dsquare * alpha[r];
+  }
+}
+
+// through the softmax over words: s += beta (g - sum_j beta g)
+template <class T>
+FASTXM_INLINE void add_through_words(T* s, const T* beta, const T* g, std::int64_t words,
+                                     std::int64_t R) {
+  std::vector<T> inner(R);
+  for (std::int64_t k = 0; k < words; ++k) {
+#pragma omp simd
+    for (std::int64_t r = 0; r < R; ++r) inner[r] += beta[k * R + r] * g[k * R + r];
+  }
+  for (std::int64_t k = 0; k < words; ++k) {
+#pragma omp simd
+    for (std::int64_t r = 0; r < R; ++r)
+      s[k * R + r] += beta[k * R + r] * (g[k * R + r] - inner[r]);
+  }
+}
+
+template <class T>
+FASTXM_INLINE void attend_text(const T* s, T* alpha, T* dots, std::int64_t words, std::int64_t R,
+                               T sharp, bool word_softmax) {
+  if (word_softmax && words) softmax_words(s, alpha, words, R);
+  for (std::int64_t j = 0; j < words; ++j) {
+    const T* beta = word_softmax ? alpha + j * R : s + j * R;
+    dots[j] = softmax_regions(s + j * R, beta, alpha + j * R, R, sharp);
+  }
+}
+
+template <class T>
+FASTXM_INLINE void gradient_text(T* s, const T* alpha, T* h, const T* dots, const T* word_rnorm,
+                                 const T* square, std::int64_t words, std::int64_t R, T sharp,
+                                 T pool, bool word_softmax, T dscore, T* radial) {
+  if (!words) return;
+  std::vector<T> scratch(word_softmax ? 2 * words * R : R);
+  T *g = scratch.data(), *beta = g + words * R;
+  if (word_softmax) softmax_words(s, beta, words, R);
+  std::vector<T> weights(words);
+  T total;
+  pool_weights(dots, word_rnorm, square, words, pool, weights.data(), &total);
+  for (std::int64_t j = 0; j < words; ++j) {
+    T *row = s + j * R, *g_row = word_softmax ? g + j * R : g;
+    T rnorm = 1 / std::sqrt(std::max(square[j], static_cast<T>(kEps)));
+    T m = dots[j] * word_rnorm[j] * rnorm, dm = dscore * weights[j] / total;
+    T ddot = dm * word_rnorm[j] * rnorm;
+    T dsquare = square[j] > kEps ? -dm * m * rnorm * rnorm / 2 : T(0);
+    gradient_row(row, alpha + j * R, h + j * R, g_row, R, ddot, dsquare, sharp);
+    radial[j] -= dm * m * word_rnorm[j] * word_rnorm[j];
+    if (word_softmax) continue;
+#pragma omp simd
+    for (std::int64_t r = 0; r < R; ++r) row[r] += g_row[r];
+  }
+  if (word_softmax) add_through_words(s, beta, g, words, R);
+}
+
+// OpenMP outlines its regions before functions are cloned for each instruction set: so the cloned
+// functions take one text, and the loops over texts stand outside
+#define FASTXM_INSTANCES(T)                                                                       \
+  FASTXM_MULTIARCH void attend(const T* s, T* alpha, T* dots, std::int64_t words, std::int64_t R, \
+                               T sharp, bool word_softmax) {                                      \
+    attend_text(s, alpha, dots, words, R, sharp, word_softmax);                                   \
+  }                                                                                               \
+  FASTXM_MULTIARCH T pooled(const T* alpha, const T* h, const T* dots, const T* word_rnorm,       \
+                            T* square, std::int64_t words, std::int64_t R, T pool) {              \
+    return pool_words(alpha, h, dots, word_rnorm, square, words, R, pool);                        \
+  }                                                                                               \
+  FASTXM_MULTIARCH void differentiate(T* s, const T* alpha, T* h, const T* dots,                  \
+                                      const T* word_rnorm, const T* square, std::int64_t words,   \
+                                      std::int64_t R, T sharp, T pool, bool word_softmax,         \
+                                      T dscore, T* radial) {                                      \
+    gradient_text(s, alpha, h, dots, word_rnorm, square, words, R, sharp, pool, word_softmax,     \
+                  dscore, radial);                                                                \
+  }
+FASTXM_INSTANCES(float)
+FASTXM_INSTANCES(double)
+#undef FASTXM_INSTANCES
+
+template <class T>
+void attention(const T* s, T* alpha, T* dots, const std::int64_t* starts, std::int64_t texts,
+               std::int64_t R, T sharp, bool word_softmax, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (std::int64_t t = 0; t < texts; ++t) {
+    std::int64_t k = starts[t];
+    attend(s + k * R, alpha + k * R, dots + k, starts[t + 1] - k, R, sharp, word_softmax);
+  }
+}
+
+template <class T>
+void pool(const T* alpha, const T* h, const T* dots, const T* word_rnorm, T* square,
+          const std::int64_t* starts, std::int64_t texts, std::int64_t R, T sharpness, T* scores,
+          std::int64_t stride, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (std::int64_t t = 0; t < texts; ++t) {
+    std::int64_t k = starts[t];
+    scores[t * stride] = pooled(alpha + k * R, h + k * R, dots + k, word_rnorm + k, square + k,
+                                starts[t + 1] - k, R, sharpness);
+  }
+}
+
+template <class T>
+void bwd(T* s, const T* alpha, T* h, const T* dots, const T* word_rnorm, const T* square,
+         const std::int64_t* starts, std::int64_t texts, std::int64_t R, T sharp, T pool,
+         bool word_softmax, const T* dscores, std::int64_t stride, T* radial, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (std::int64_t t = 0; t < texts; ++t) {
+    std::int64_t k = starts[t];
+    differentiate(s + k * R, alpha + k * R, h + k * R, dots + k, word_rnorm + k, square + k,
+                  starts[t + 1] - k, R, sharp, pool, word_softmax, dscores[t * stride], radial + k);
+  }
+}
+
+}  // namespace
+
+void region_word_attention_cpu(bool float64, std::uintptr_t s, std::uintptr_t alpha,
+                               std::uintptr_t dots, std::uintptr_t starts, std::int64_t texts,
+                               std::int64_t regions, double sharp, bool word_softmax, int threads) {
+  auto run = [&](auto type) {
+    using T = decltype(type);
+    attention(pointer<const T>(s), pointer<T>(alpha), pointer<T>(dots),
+              pointer<const std::int64_t>(starts), texts, regions, static_cast<T>(sharp),
+              word_softmax, threads);
+  };
+  float64 ? run(double()) : run(float());
+}
+
+void region_word_pool_cpu(bool float64, std::uintptr_t alpha, std::uintptr_t h, std::uintptr_t dots,
+                          std::uintptr_t word_rnorm, std::uintptr_t square, std::uintptr_t starts,
+                          std::int64_t texts, std::int64_t regions, double sharpness,
+                          std::uintptr_t scores, std::int64_t stride, int threads) {
+  auto run = [&](auto type) {
+    using T = decltype(type);
+    pool(pointer<const T>(alpha), pointer<const T>(h), pointer<const T>(dots),
+         pointer<const T>(word_rnorm), pointer<T>(square), pointer<const std::int64_t>(starts),
+         texts, regions, static_cast<T>(sharpness), pointer<T>(scores), stride, threads);
+  };
+  float64 ? run(double()) : run(float());
+}
+
+void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t alpha, std::uintptr_t h,
+                         std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
+                         std::uintptr_t starts, std::int64_t texts, std::int64_t regions,
+                         double sharp, double pool, bool word_softmax, std::uintptr_t dscores,
+                         std::int64_t stride, std::uintptr_t radial, int threads) {
+  auto run = [&](auto type) {
+    using T = decltype(type);
+    bwd(pointer<T>(s), pointer<const T>(alpha), pointer<T>(h), pointer<const T>(dots),
+        pointer<const T>(word_rnorm), pointer<const T>(square), pointer<const std::int64_t>(starts),
+        texts, regions, static_cast<T>(sharp), static_cast<T>(pool), word_softmax,
+        pointer<const T>(dscores), stride, pointer<T>(radial), threads);
+  };
+  float64 ? run(double()) : run(float());
+}
+
+}  // namespace fastxm

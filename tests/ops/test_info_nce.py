@@ -1,0 +1,278 @@
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from check import gradient, no_worse
+
+from fastxm.ops import backend, info_nce, info_nce_blocks
+from fastxm.ops.info_nce import _fwd
+
+SHAPES = [(1, 1, 1), (5, 5, 3), (33, 33, 65), (64, 64, 32), (130, 130, 17)]  # N, M, D
+RECTANGLES = [(1, 4, 3, 2), (33, 70, 65, 30), (40, 300, 17, 0)]  # N, M, D, offset
+OPTIONS = [
+    {},
+    {"symmetric": False},
+    {"normalize": True},
+    {"label_smoothing": 0.1},
+    {"labels": 7, "symmetric": False},
+    {"labels": 3, "label_smoothing": 0.2, "normalize": True},
+]
+
+
+@pytest.fixture(autouse=True)
+def _several_blocks(monkeypatch):
+    monkeypatch.setattr(info_nce_blocks, "BLOCK", 1024)
+
+
+def formula(x, y, scale, symmetric=True, normalize=False, labels=None, label_smoothing=0.0,
+            offset=0, reduction="mean"):  # fmt: skip
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, y = x.to(dtype), y.to(dtype)
+    if normalize:
+        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    s = x @ y.T * scale
+    one_hot = torch.eye(len(y), dtype=dtype, device=x.device)[offset : offset + len(x)]
+    other = torch.ones_like(s, dtype=torch.bool)
+    if labels is not None:
+        other = labels[offset : offset + len(x), None] != labels[None, :]
+    candidates = other | one_hot.bool()
+
+    def direction(s, one_hot, candidates):
+        share = candidates.to(dtype) / candidates.sum(1, keepdim=True)
+        target = (1 - label_smoothing) * one_hot + label_smoothing * share
+        log_p = s - s.masked_fill(~candidates, -math.inf).logsumexp(1, keepdim=True)
+        return -(target * log_p).sum(1)
+
+    loss = direction(s, one_hot, candidates)
+    if symmetric:
+        loss = 0.5 * (loss + direction(s.T, one_hot.T, candidates.T))
+    return {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]
+
+
+def inputs(N, M, D, device, dtype=torch.float32):
+    x, y = torch.randn(N, D, device=device), torch.randn(M, D, device=device)
+    return x.to(dtype), y.to(dtype), torch.tensor(1.7, device=device)
+
+
+def bind(f, options, M, device, **more):
+    """f with options, whose "labels" is how many classes the M labels have, and a loss a row."""
+    options = {"reduction": "none", **options, **more}
+    if "labels" in options:
+        options["labels"] = torch.arange(M, device=device) ** 2 % options["labels"]
+    return lambda x, y, scale: f(x, y, scale, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(shape, options, dtype, device):
+    ours, plain = (bind(f, options, shape[1], device) for f in (info_nce, formula))
+    no_worse(ours, plain, *inputs(*shape, device, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_backward(shape, options, dtype, device):
+    ours, plain = (gradient(bind(f, options, shape[1], device)) for f in (info_nce, formula))
+    no_worse(ours, plain, *inputs(*shape, device, dtype))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_scale_gradient(options, device):
+    # a single number can be right by luck: thirty of them
+    def thirty(f):
+        f = gradient(bind(f, options, 33, device), wrt=(2,))
+        return lambda x, y, scale: torch.stack([f(a, b, scale)[0] for a, b in zip(x, y)])
+
+    x, y, scale = inputs(30 * 33, 30 * 33, 20, device)
+    no_worse(thirty(info_nce), thirty(formula), x.view(30, 33, 20), y.view(30, 33, 20), scale)
+
+
+def test_reductions(device):
+    x, y, scale = inputs(40, 40, 9, device)
+    losses = info_nce(x, y, scale, reduction="none")
+    torch.testing.assert_close(info_nce(x, y, scale), losses.mean())
+    torch.testing.assert_close(info_nce(x, y, scale, reduction="sum"), losses.sum())
+
+
+@pytest.mark.parametrize("classes", [None, 5])
+@pytest.mark.parametrize(("N", "M", "D", "offset"), RECTANGLES)
+def test_rectangles(N, M, D, offset, classes, device):
+    options = {"symmetric": False, "offset": offset, "label_smoothing": 0.1}
+    options |= {"labels": classes} if classes else {}
+    ours, plain = (bind(f, options, M, device) for f in (info_nce, formula))
+    no_worse(ours, plain, *inputs(N, M, D, device))
+    no_worse(gradient(ours), gradient(plain), *inputs(N, M, D, device))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_derivatives(options, name):
+    x, y, scale = inputs(5, 5, 3, "cpu", torch.float64)
+    leaves = [t.double().requires_grad_() for t in (x, y, scale)]
+    f = bind(info_nce, options, 5, "cpu")
+    with backend(name):
+        assert torch.autograd.gradcheck(f, leaves)
+        assert torch.autograd.gradgradcheck(f, leaves)
+
+
+def test_large_logits(device):
+    x, y, _ = inputs(130, 130, 2048, device)
+    scale = torch.tensor(100.0, device=device)
+    ours, plain = (bind(f, {"normalize": True}, 130, device) for f in (info_nce, formula))
+    no_worse(ours, plain, x, y, scale)
+    no_worse(gradient(ours), gradient(plain), x, y, scale)
+    ours, plain = (bind(f, {}, 130, device) for f in (info_nce, formula))
+    no_worse(ours, plain, x, y, scale)
+    no_worse(gradient(ours), gradient(plain), x, y, scale)
+
+
+def test_closed_forms(device):
+    x, y, scale = inputs(1, 1, 9, device)
+    assert info_nce(x, y, scale) == 0
+    same = torch.ones(50, 4, device=device)
+    torch.testing.assert_close(info_nce(same, same, 3.0), torch.tensor(math.log(50), device=device))
+    x, y, scale = inputs(40, 40, 9, device, torch.float64)
+    order = torch.randperm(40, device=device)
+    torch.testing.assert_close(info_nce(x, y, scale), info_nce(x[order], y[order], scale))
+    # one label for all: nothing is left to be told apart
+    assert info_nce(x, y, scale, labels=torch.zeros(40, dtype=torch.int32, device=device)) == 0
+
+
+def test_strided_inputs(device):
+    x, y = torch.randn(9, 20, device=device).T, torch.randn(20, 18, device=device)[:, ::2]
+    torch.testing.assert_close(info_nce(x, y, 1.5), info_nce(x.contiguous(), y.contiguous(), 1.5))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_empty(name):
+    x = torch.empty(0, 4, requires_grad=True)
+    with backend(name):
+        assert info_nce(x, x, 1.0).isnan()
+        assert info_nce(x, x, 1.0, reduction="sum", label_smoothing=0.1) == 0
+        assert info_nce(x, x, 1.0, reduction="none").shape == (0,)
+        y = torch.randn(3, 4, requires_grad=True)
+        info_nce(x, y, 1.0, symmetric=False, reduction="sum").backward()
+        assert torch.equal(y.grad, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("error", "x", "y", "options"),
+    [
+        (ValueError, (3, 4), (3, 5), {}),
+        (ValueError, (3,), (3,), {}),
+        (ValueError, (3, 4), (5, 4), {}),
+        (ValueError, (5, 4), (3, 4), {"symmetric": False}),
+        (ValueError, (3, 4), (5, 4), {"symmetric": False, "offset": 3}),
+        (ValueError, (3, 4), (3, 4), {"labels": torch.zeros(4, dtype=torch.long)}),
+        (ValueError, (3, 4), (3, 4), {"label_smoothing": 1.0}),
+        (ValueError, (3, 4), (3, 4), {"reduction": "average"}),
+        (TypeError, (3, 4), (3, 4), {"dtype": torch.long}),
+    ],
+)
+def test_wrong_inputs(error, x, y, options):
+    dtype = options.pop("dtype", torch.float32)
+    with pytest.raises(error):
+        info_nce(torch.ones(x, dtype=dtype), torch.ones(y, dtype=dtype), 1.0, **options)
+
+
+def test_dispatch(device):
+    x, y, scale = (t.requires_grad_() for t in inputs(6, 6, 5, device))
+    for labels in (None, torch.arange(6, device=device) % 2):
+        torch.library.opcheck(_fwd, (x, y, scale, labels, True, 0.1, 0))
+    compiled = torch.compile(lambda *t: info_nce(*t, normalize=True), fullgraph=True)
+    torch.testing.assert_close(compiled(x, y, scale), info_nce(x, y, scale, normalize=True))
+    with torch.autocast(device, torch.bfloat16):
+        out = info_nce(x.bfloat16(), y.bfloat16(), scale)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, info_nce(x.bfloat16().float(), y.bfloat16().float(), scale))
+    assert info_nce(x.double(), y.double(), 2.0).dtype == torch.float64
+    with backend("triton"), pytest.raises(RuntimeError, match="no triton backend"):
+        info_nce(x, y, scale)
+
+
+def sines(shape, a, c):
+    return torch.sin(a * torch.arange(math.prod(shape), dtype=torch.float64) + c).view(shape)
+
+
+def test_golden():
+    # LAFITE's C operator, plain InfoNCE: log(tau * softmax) at tau = 0.5, in both directions
+    a, h = sines((4, 8), 0.7, 0.3), sines((4, 8), 1.3, 0.1)
+    options = {"symmetric": False, "normalize": True}
+    over_images = math.log(0.5) - info_nce(h, a, 2.0, **options)
+    over_texts = math.log(0.5) - info_nce(a, h, 2.0, **options)
+    assert over_images.item() == pytest.approx(-1.9265106, abs=1e-6)
+    assert over_texts.item() == pytest.approx(-2.0351261, abs=1e-6)
+
+
+RANK_JOBS = [  # rows of each rank, options
+    ((4, 4), {"label_smoothing": 0.1, "labels": True, "normalize": True}),
+    ((2, 5), {"label_smoothing": 0.1, "labels": True, "normalize": True}),
+    ((5, 0), {"symmetric": False, "reduction": "sum"}),
+]
+
+
+def whole_batch(N):
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(2, N, 6, generator=generator, dtype=torch.float64)
+    return x, y, torch.tensor(1.3, dtype=torch.float64), torch.arange(N) ** 2 % 3
+
+
+def rank_losses(rank, store, results):
+    """What one of two ranks computes for each job: loss, first and second derivatives."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(store, 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    for counts, options in RANK_JOBS:
+        *whole, labels = whole_batch(sum(counts))
+        here = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        x, y, scale = (t[here] if t.ndim else t for t in whole)
+        leaves = [t.detach().requires_grad_() for t in (x, y, scale)]
+        options = {**options, "labels": labels[here] if options.get("labels") else None}
+        loss = info_nce(*leaves, group=dist.group.WORLD, **options)
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first[:2]), leaves)
+        results.put((rank, [t.detach().numpy() for t in (loss, *first, *second)]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    args = (str(tmp_path / "store"), results)
+    processes = [context.Process(target=rank_losses, args=(rank, *args)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = ([], [])
+    for _ in range(2 * len(RANK_JOBS)):
+        rank, values = results.get()
+        found[rank].append([torch.as_tensor(v) for v in values])
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    for (counts, options), *ranks in zip(RANK_JOBS, *found):
+        check_ranks(ranks, counts, options)
+
+
+def check_ranks(ranks, counts, options):
+    *leaves, labels = whole_batch(sum(counts))
+    leaves = [t.requires_grad_() for t in leaves]
+    loss = formula(*leaves, **{**options, "labels": labels if options.get("labels") else None})
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first[:2]), leaves)
+    # DistributedDataParallel averages over ranks the gradients of the mean
+    ranks_averaged = 1 if options.get("reduction") == "sum" else len(counts)
+    losses, dx, dy, dscale, ddx, ddy, ddscale = zip(*ranks)
+    close = torch.testing.assert_close
+    close(torch.stack(losses).sum() / ranks_averaged, loss)
+    for rows, columns, scalars, truth, factor in (
+        (dx, dy, dscale, first, ranks_averaged),
+        (ddx, ddy, ddscale, second, ranks_averaged**2),
+    ):
+        close(torch.cat(rows) / factor, truth[0])
+        close(torch.cat(columns) / factor, truth[1])
+        close(torch.stack(scalars).sum() / factor, truth[2])

@@ -1,0 +1,216 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import gradient, no_worse
+
+from fastxm.ops import backend, region_word_scores
+from fastxm.ops.region_word import _fwd
+
+SHAPES = [  # B_image, R, D, B_text, T
+    (1, 1, 1, 1, 1),
+    (3, 4, 6, 3, 5),
+    (2, 70, 8, 6, 3),
+    (5, 17, 33, 4, 9),
+    (4, 64, 64, 3, 17),
+]
+FORMS = [
+    {},
+    {"attention_sharpness": 1.5, "pooling_sharpness": 9.0},
+    {"word_softmax": True, "attention_sharpness": 4.0},
+]
+
+
+def formula(regions, words, lengths, attention_sharpness=5.0, pooling_sharpness=5.0,
+            word_softmax=False):  # fmt: skip
+    """Pair by pair, with the context vectors."""
+    dtype = torch.promote_types(regions.dtype, torch.float32)
+    regions, words = regions.to(dtype), words.to(dtype)
+    rows = []
+    for text, n in zip(words, lengths.tolist()):
+        w, row = text[:n], []
+        for r in regions:
+            if not word_softmax:
+                r, w = F.normalize(r, dim=1), F.normalize(w, dim=1)
+            s = w @ r.T
+            s = s.softmax(0) if word_softmax else s
+            context = (attention_sharpness * s).softmax(1) @ r
+            m = F.cosine_similarity(w, context, dim=1, eps=1e-12)
+            row.append((pooling_sharpness * m).logsumexp(0) / pooling_sharpness)
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def inputs(B_image, R, D, B_text, T, device, dtype=torch.float32):
+    regions, words = torch.randn(B_image, R, D, device=device), torch.randn(B_text, T, D)
+    lengths = torch.randint(1, T + 1, (B_text,))
+    return regions.to(dtype), words.to(device, dtype), lengths.to(device)
+
+
+DRAWS = 12
+
+
+def each_draw(f):
+    """f of every draw by itself: the largest error of one small draw is right or wrong by luck."""
+
+    def stacked(*draws):
+        outputs = [f(*draw) for draw in zip(*draws)]
+        if isinstance(outputs[0], torch.Tensor):
+            return torch.stack(outputs)
+        return [torch.stack(group) for group in zip(*outputs)]
+
+    return stacked
+
+
+def draws(*args):
+    return [torch.stack(group) for group in zip(*(inputs(*args) for _ in range(DRAWS)))]
+
+
+def both(form, wrap=lambda f: f):
+    """The op and the formula with the options of form, over draws."""
+    return [each_draw(wrap(lambda *t, f=f: f(*t, **form))) for f in (region_word_scores, formula)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(shape, form, dtype, device):
+    no_worse(*both(form), *draws(*shape, device, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_backward(shape, form, dtype, device):
+    no_worse(*both(form, gradient), *draws(*shape, device, dtype))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_derivatives(form, name):
+    regions, words, lengths = inputs(2, 4, 3, 3, 4, "cpu", torch.float64)
+    leaves = [regions.requires_grad_(), words.requires_grad_()]
+    with backend(name):
+        f = lambda r, w: region_word_scores(r, w, lengths, **form)  # noqa: E731
+        assert torch.autograd.gradcheck(f, leaves)
+        assert torch.autograd.gradgradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_padding_counts_for_nothing(form, name):
+    regions, words, _ = inputs(3, 8, 6, 3, 5, "cpu")
+    lengths = torch.tensor([5, 2, 0])
+    rubbish = words.clone()
+    rubbish[1, 2:], rubbish[2] = torch.nan, torch.inf
+    words.requires_grad_()
+    rubbish.requires_grad_()
+    regions.requires_grad_()
+    with backend(name):
+        clean = region_word_scores(regions, words, lengths, **form)
+        scores = region_word_scores(regions, rubbish, lengths, **form)
+        truth = torch.autograd.grad(clean[:2].sum(), (regions, words))
+        grads = torch.autograd.grad(scores[:2].sum(), (regions, rubbish))
+    assert torch.equal(scores[:2], clean[:2])
+    assert (scores[2] == -torch.inf).all()
+    assert all(torch.equal(a, b) for a, b in zip(grads, truth))
+    assert not grads[1][1, 2:].any()
+    assert not grads[1][2].any()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_invariances(form, device):
+    regions, words, lengths = inputs(3, 20, 16, 4, 6, device, torch.float64)
+    scores = region_word_scores(regions, words, lengths, **form)
+    order = torch.randperm(20, device=device)
+    torch.testing.assert_close(
+        region_word_scores(regions[:, order], words, lengths, **form), scores
+    )
+    # one region: every context is its direction, every word's cosine a plain one
+    one = regions[:, :1]
+    cosine = F.cosine_similarity(words[:, None], one[None], dim=3)
+    pooled = (5 * cosine[:, :, : int(lengths.min())]).logsumexp(2) / 5
+    first = torch.full_like(lengths, int(lengths.min()))
+    torch.testing.assert_close(region_word_scores(one, words, first), pooled)
+
+
+def test_extreme_sharpness(device):
+    # no attention: every context is the mean region
+    form = {"attention_sharpness": 0.0, "pooling_sharpness": 300.0}
+    no_worse(*both(form), *draws(3, 20, 16, 4, 6, device))
+    no_worse(*both(form, gradient), *draws(3, 20, 16, 4, 6, device))
+    # hard attention over an orthonormal basis: every cosine is the largest coordinate
+    words = torch.randn(4, 6, 16, device=device, dtype=torch.float64, requires_grad=True)
+    lengths, regions = torch.full((4,), 6, device=device), torch.eye(16, device=device)[None]
+    scores = region_word_scores(
+        regions.to(words), words, lengths, attention_sharpness=1e6, pooling_sharpness=1e3
+    )
+    truth = (1e3 * F.normalize(words, dim=2).amax(2)).logsumexp(1, keepdim=True) / 1e3
+    torch.testing.assert_close(scores, truth)
+    grads = [torch.autograd.grad(t.sum(), words)[0] for t in (scores, truth)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_empty(name):
+    regions, words, lengths = inputs(3, 4, 6, 2, 5, "cpu")
+    with backend(name):
+        assert region_word_scores(regions[:0], words, lengths).shape == (2, 0)
+        assert region_word_scores(regions, words[:0], lengths[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("regions", "words", "lengths"),
+    [
+        ((3, 4, 6), (3, 5, 7), (3,)),
+        ((3, 6), (3, 5, 6), (3,)),
+        ((3, 4, 6), (3, 5, 6), (2,)),
+        ((3, 0, 6), (3, 5, 6), (3,)),
+    ],
+)
+def test_wrong_shapes(regions, words, lengths):
+    with pytest.raises(ValueError):
+        region_word_scores(
+            torch.ones(regions), torch.ones(words), torch.ones(lengths, dtype=torch.long)
+        )
+
+
+def test_wrong_types():
+    ones = torch.ones(2, 2, 2)
+    with pytest.raises(ValueError, match="integers"):
+        region_word_scores(ones, ones, torch.ones(2))
+    with pytest.raises(TypeError):
+        region_word_scores(ones, ones.long(), torch.ones(2, dtype=torch.long))
+
+
+def test_dispatch(device):
+    regions, words, lengths = inputs(3, 4, 6, 2, 5, device)
+    leaves = (regions.requires_grad_(), words.requires_grad_(), lengths)
+    for word_softmax in (False, True):
+        torch.library.opcheck(_fwd, (*leaves, 5.0, 4.0, word_softmax))
+    compiled = torch.compile(region_word_scores, fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves), region_word_scores(*leaves))
+    with torch.autocast(device, torch.bfloat16):
+        scores = region_word_scores(regions.bfloat16(), words.bfloat16(), lengths)
+    assert scores.dtype == torch.float32
+    half = (regions.bfloat16().float(), words.bfloat16().float(), lengths)
+    torch.testing.assert_close(scores, region_word_scores(*half))
+    with backend("triton"), pytest.raises(RuntimeError, match="no triton backend"):
+        region_word_scores(*leaves)
+
+
+def sines(shape, a, c):
+    return torch.sin(a * torch.arange(math.prod(shape), dtype=torch.float64) + c).view(shape)
+
+
+def test_golden():
+    scores = region_word_scores(
+        sines((3, 4, 6), 0.7, 0.3), sines((3, 5, 6), 1.3, 0.1), torch.tensor([3, 5, 2])
+    )
+    truth = [
+        [38.67871, 38.69868, 37.03565],
+        [41.04654, 42.57520, 42.40405],
+        [31.76589, 33.10165, 33.89591],
+    ]
+    torch.testing.assert_close(50 * scores, torch.tensor(truth).double(), rtol=0, atol=1e-5)
