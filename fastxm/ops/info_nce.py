@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
+from fastxm.ops import info_nce_blocks as blocks
 from fastxm.ops.distributed import gather_rows, row_counts
-from fastxm.ops.info_nce_blocks import backend, blocks_bwd, blocks_fwd, formula, formula_bwd
 
 
 def info_nce(
@@ -60,29 +60,28 @@ def info_nce(
 
     Source: van den Oord et al. 2018, eq. 4; Radford et al. 2021 (symmetric, learned scale).
     """
-    square = symmetric or group is not None
-    _check(x, y, labels, square, label_smoothing, offset, reduction)
+    _check(x, y, labels, symmetric or group is not None, label_smoothing, offset, reduction)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     scale = torch.as_tensor(logit_scale, dtype=dtype, device=x.device).reshape(())
     if normalize:
         x, y = dispatch.unit_rows(x), dispatch.unit_rows(y)
     if group is not None:
-        losses, mean = _across_ranks(x, y, scale, labels, symmetric, label_smoothing, group)
+        losses, rows = _across_ranks(x, y, scale, labels, symmetric, label_smoothing, group)
     else:
         losses = _fwd(x, y, scale, labels, symmetric, label_smoothing, offset)[0]
-        mean = 1 / len(x) if len(x) else float("nan")
-    return losses if reduction == "none" else losses.sum() * (mean if reduction == "mean" else 1)
+        rows = len(x)
+    return losses if reduction == "none" else losses.sum() / (rows if reduction == "mean" else 1)
 
 
 def _across_ranks(x, y, scale, labels, symmetric, smoothing, group) -> tuple[Tensor, float]:
-    """The losses of this rank's rows among the rows of all, and the factor that makes a mean."""
+    """The losses of this rank's rows among the rows of all, and how many rows a rank has."""
     counts = row_counts(len(x), x.device, group)
     labels = None if labels is None else gather_rows(labels, counts, group)
     options = (scale, labels, False, smoothing, sum(counts[: dist.get_rank(group)]))
     losses = _fwd(x, gather_rows(y, counts, group), *options)[0]
     if symmetric:
         losses = (losses + _fwd(y, gather_rows(x, counts, group), *options)[0]) / 2
-    return losses, len(counts) / sum(counts) if sum(counts) else float("nan")
+    return losses, sum(counts) / len(counts)
 
 
 def _check(x, y, labels, square, smoothing, offset, reduction) -> None:
@@ -104,23 +103,23 @@ def _check(x, y, labels, square, smoothing, offset, reduction) -> None:
 
 @torch.library.custom_op("fastxm::info_nce_fwd", mutates_args=())
 def _fwd(x: Tensor, y: Tensor, scale: Tensor, labels: Tensor | None, symmetric: bool,
-         smoothing: float, offset: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    run = blocks_fwd if backend(x) == "cpu" else formula
+         smoothing: float, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    run = blocks.fwd if blocks.backend(x) == "cpu" else blocks.formula
     return run(x, y, scale, labels, symmetric, smoothing, offset)
 
 
 @torch.library.custom_op("fastxm::info_nce_bwd", mutates_args=())
 def _bwd(dloss: Tensor, x: Tensor, y: Tensor, scale: Tensor, labels: Tensor | None,
-         row_lse: Tensor, column_lse: Tensor, symmetric: bool, smoothing: float,
+         row_lse: Tensor, column_lse: Tensor, kept: Tensor, symmetric: bool, smoothing: float,
          offset: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    run = blocks_bwd if backend(x) == "cpu" else formula_bwd
-    return run(dloss, x, y, scale, labels, row_lse, column_lse, symmetric, smoothing, offset)
+    run = blocks.bwd if blocks.backend(x) == "cpu" else blocks.formula_bwd
+    return run(dloss, x, y, scale, labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
 
 
 @_fwd.register_fake
 def _(x, y, scale, labels, symmetric, smoothing, offset):
-    row = scale.new_empty(len(x))
-    return row, torch.empty_like(row), scale.new_empty(len(y) if symmetric else 0)
+    shapes = (len(x), len(x), len(y) if symmetric else 0, blocks.kept_shape(x, y))
+    return tuple(scale.new_empty(shape) for shape in shapes)
 
 
 @_bwd.register_fake
@@ -135,13 +134,11 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
-    x, y, scale, labels, row_lse, column_lse = ctx.saved_tensors
+    x, y, scale, labels, *kept = ctx.saved_tensors
     if torch.is_grad_enabled():
-        grads = dispatch.vjp(
-            lambda x, y, s: formula(x, y, s, labels, *ctx.options)[0], (x, y, scale), (dloss,)
-        )
+        grads = blocks.formula_vjp(dloss, x, y, scale, labels, *ctx.options)
     else:
-        grads = _bwd(dloss, x, y, scale, labels, row_lse, column_lse, *ctx.options)
+        grads = _bwd(dloss, x, y, scale, labels, *kept, *ctx.options)
     return (*grads, None, None, None, None)
 
 

@@ -1,21 +1,30 @@
 """The two ways to InfoNCE: the whole similarity matrix in plain PyTorch, and blocks of its rows.
 
 Of each block the vendor's matrix product makes the logits and the C++ epilogue everything else, so
-memory is that of one block and a few vectors.
+memory is that of one block and a few vectors. Few logits are kept for the backward: that saves one
+of its three products.
 """
 
 import torch
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops.dispatch import choose, threads, wide
+from fastxm.ops.dispatch import choose, threads, vjp, wide
 
 BLOCK = 1 << 20  # logits of a block: 4 MB of float32, which the last cache level holds
+Forward = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, row_lse, column_lse, kept logits
+KEPT = 1 << 22  # logits that are kept, at most: 16 MB of float32
 
 
 def backend(x: Tensor) -> str:
     auto = "cpu" if x.device.type == "cpu" else "reference"
     return choose("info_nce", x.device, auto, ("reference", "cpu"))
+
+
+def kept_shape(x: Tensor, y: Tensor) -> tuple[int, ...]:
+    """The shape of the logits that the forward keeps: all or nothing."""
+    few = x.device.type == "cpu" and len(x) * len(y) <= KEPT
+    return (len(x), len(y)) if few else (0, 0)
 
 
 def _logits(x, y, scale, labels, offset) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,22 +38,23 @@ def _logits(x, y, scale, labels, offset) -> tuple[Tensor, Tensor, Tensor]:
     return s.masked_fill(~keep, -torch.inf), keep, target
 
 
-def formula(x, y, scale, labels, symmetric, smoothing, offset) -> tuple[Tensor, Tensor, Tensor]:
+def formula(x, y, scale, labels, symmetric, smoothing, offset) -> Forward:
     x, y = wide(x, y)
     s, keep, target = _logits(x, y, scale, labels, offset)
     positive = s.gather(1, target[:, None])[:, 0]
     row_lse = s.logsumexp(1)
     linear = s.masked_fill(~keep, 0)
     loss = row_lse - positive + smoothing * (positive - linear.sum(1) / keep.sum(1))
+    kept = s if kept_shape(x, y) == s.shape else s.new_empty(0, 0)
     if not symmetric:
-        return loss, row_lse, s.new_empty(0)
+        return loss, row_lse, s.new_empty(0), kept
     column_lse = s.logsumexp(0)
     columns = column_lse - positive + smoothing * (positive - linear.sum(0) / keep.sum(0))
-    return (loss + columns) / 2, row_lse, column_lse
+    return (loss + columns) / 2, row_lse, column_lse, kept
 
 
 def formula_bwd(
-    dloss, x, y, scale, labels, row_lse, column_lse, symmetric, smoothing, offset
+    dloss, x, y, scale, labels, row_lse, column_lse, kept, symmetric, smoothing, offset
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide_x, wide_y = wide(x, y)
     s, keep, target = _logits(wide_x, wide_y, scale, labels, offset)
@@ -58,14 +68,18 @@ def formula_bwd(
     return (scale * dx).to(x.dtype), (scale * ds.T @ wide_x).to(y.dtype), dscale
 
 
-def _blocks(x, y, scale):
-    """Yields the rows of each block as a slice, and their logits, for the caller to overwrite."""
+def formula_vjp(dloss, x, y, scale, labels, *options) -> list[Tensor | None]:
+    """The gradients as the formula's own, which can be differentiated again."""
+    return vjp(lambda x, y, s: formula(x, y, s, labels, *options)[0], (x, y, scale), (dloss,))
+
+
+def _blocks(x, y):
+    """Yields the rows of each block, as a slice, and room for its logits, shared by all."""
     rows = max(16, BLOCK // max(len(y), 1))
-    s = x.new_empty(min(rows, len(x)), len(y))
-    x = scale * x
+    room = x.new_empty(min(rows, len(x)), len(y))
     for start in range(0, len(x), rows):
-        here = slice(start, min(start + rows, len(x)))
-        yield here, torch.mm(x[here], y.T, out=s[: here.stop - start])
+        stop = min(start + rows, len(x))
+        yield slice(start, stop), room[: stop - start]
 
 
 def _address(t: Tensor | None) -> int:
@@ -80,12 +94,15 @@ def _candidates(labels, x, y, offset) -> Tensor | int:
     return len(y) + 1 - counts[inverse[offset : offset + len(x)]]
 
 
-def blocks_fwd(x, y, scale, labels, symmetric, smoothing, offset) -> tuple[Tensor, Tensor, Tensor]:
+def fwd(x, y, scale, labels, symmetric, smoothing, offset) -> Forward:
     x, y = wide(x, y)
     labels = None if labels is None else labels.long().contiguous()
     row = x.new_empty(3, len(x))
     column = x.new_tensor([-torch.inf, 0, 0])[:, None].repeat(1, len(y)) if symmetric else None
-    for here, s in _blocks(x, y, scale):
+    scaled, kept = scale * x, x.new_empty(kept_shape(x, y))
+    for here, s in _blocks(x, y):
+        s = kept[here] if len(kept) else s
+        torch.mm(scaled[here], y.T, out=s)
         _C.info_nce_fwd_cpu(
             *(s.dtype == torch.float64, s.data_ptr(), *s.shape, offset + here.start),
             *(_address(labels), row[:, here].data_ptr(), len(x), _address(column)),
@@ -95,14 +112,14 @@ def blocks_fwd(x, y, scale, labels, symmetric, smoothing, offset) -> tuple[Tenso
     candidates = _candidates(labels, x, y, offset) if smoothing else 1
     loss = row_lse - positive + smoothing * (positive - total / candidates)
     if column is None:
-        return loss, row_lse.clone(), x.new_empty(0)
+        return loss, row_lse.clone(), x.new_empty(0), kept
     column_lse = column[0] + column[1].log()
     columns = column_lse - positive + smoothing * (positive - column[2] / candidates)
-    return (loss + columns) / 2, row_lse.clone(), column_lse
+    return (loss + columns) / 2, row_lse.clone(), column_lse, kept
 
 
-def blocks_bwd(
-    dloss, x, y, scale, labels, row_lse, column_lse, symmetric, smoothing, offset
+def bwd(
+    dloss, x, y, scale, labels, row_lse, column_lse, kept, symmetric, smoothing, offset
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide_x, wide_y = wide(x, y)
     labels = None if labels is None else labels.long().contiguous()
@@ -111,7 +128,12 @@ def blocks_bwd(
     row = torch.stack([row_lse, weight, even])
     column = torch.stack([column_lse, weight, even]) if symmetric else None
     dx, dy = torch.empty_like(wide_x), torch.zeros_like(wide_y)
-    for here, s in _blocks(wide_x, wide_y, scale):
+    scaled = scale * wide_x
+    for here, s in _blocks(wide_x, wide_y):
+        if len(kept):
+            s.copy_(kept[here])
+        else:
+            torch.mm(scaled[here], wide_y.T, out=s)
         _C.info_nce_bwd_cpu(
             *(s.dtype == torch.float64, s.data_ptr(), *s.shape, offset + here.start),
             *(_address(labels), row[:, here].data_ptr(), len(x), _address(column)),

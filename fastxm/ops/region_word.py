@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.region_word_blocks import (
-    backend,
-    blocks_bwd,
-    blocks_fwd,
-    formula,
-    formula_bwd,
-    valid_words,
-)
+from fastxm.ops import region_word_blocks as blocks
 
 
 def region_word_scores(
@@ -64,7 +57,7 @@ def region_word_scores(
         )
     if regions.shape[1] == 0 or words.shape[1] == 0:
         raise ValueError("region_word_scores needs at least one region and one word")
-    words = words.masked_fill(~valid_words(words, lengths)[..., None], 0)
+    words = words.masked_fill(~blocks.valid_words(words, lengths)[..., None], 0)
     if not word_softmax:
         regions, words = dispatch.unit_rows(regions), dispatch.unit_rows(words)
     options = (float(attention_sharpness), float(pooling_sharpness), word_softmax)
@@ -75,7 +68,7 @@ def region_word_scores(
 def _fwd(
     regions: Tensor, words: Tensor, lengths: Tensor, sharp: float, pool: float, word_softmax: bool
 ) -> Tensor:
-    run = blocks_fwd if backend(words) == "cpu" else formula
+    run = blocks.fwd if blocks.backend(words) == "cpu" else blocks.formula
     return run(regions, words, lengths, sharp, pool, word_softmax)
 
 
@@ -89,7 +82,7 @@ def _bwd(
     pool: float,
     word_softmax: bool,
 ) -> tuple[Tensor, Tensor]:
-    run = blocks_bwd if backend(words) == "cpu" else formula_bwd
+    run = blocks.bwd if blocks.backend(words) == "cpu" else blocks.formula_bwd
     return run(dscores, regions, words, lengths, sharp, pool, word_softmax)
 
 
@@ -112,9 +105,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dscores):
     regions, words, lengths = ctx.saved_tensors
     if torch.is_grad_enabled():
-        grads = dispatch.vjp(
-            lambda r, w: formula(r, w, lengths, *ctx.options), (regions, words), (dscores,)
-        )
+        grads = blocks.formula_vjp(dscores, regions, words, lengths, *ctx.options)
     else:
         grads = _bwd(dscores, regions, words, lengths, *ctx.options)
     return (*grads, None, None, None, None)

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops.dispatch import choose, threads, unit_rows, wide
+from fastxm.ops.dispatch import choose, threads, unit_rows, vjp, wide
 
-FEW = 32  # regions
-EPS = 1e-12  # of the squared norms, as in unit_rows
+EPS = 1e-12  # least squared norm, as in unit_rows
 
 
 def backend(words: Tensor) -> str:
@@ -65,6 +64,11 @@ def formula_bwd(
     return dregions.to(regions.dtype), dwords.to(words.dtype)
 
 
+def formula_vjp(dscores, regions, words, lengths, *options) -> list[Tensor | None]:
+    """The gradients as the formula's own, which can be differentiated again."""
+    return vjp(lambda r, w: formula(r, w, lengths, *options), (regions, words), (dscores,))
+
+
 class _Pictures:
     """The words of all texts, packed, and the [K, R] blocks that they make with one picture."""
 
@@ -78,11 +82,11 @@ class _Pictures:
         self.dots, self.square = self.words.new_empty(2, K).unbind()
         # h is alpha (r rᵀ) or (alpha r) rᵀ, the cheaper one; but of few regions the context may be
         # much shorter than they are, and alpha (r rᵀ) would lose its digits
-        self.gram = FEW < regions.shape[1] <= regions.shape[2]
+        self.gram = 32 < regions.shape[1] <= regions.shape[2]
         self.inner = regions.new_empty(R, R) if self.gram else torch.empty_like(self.words)
-        self.float64 = words.dtype == torch.float64
         self.sharp, self.pool, self.word_softmax = sharp, pool, word_softmax
         self.sizes = (self.starts.data_ptr(), len(words), R)
+        self.float64 = words.dtype == torch.float64
 
     def forward(self, picture: Tensor, scores: Tensor) -> None:
         """Writes scores [B_text], a column of the result, and the blocks s, alpha, h."""
@@ -121,7 +125,7 @@ class _Pictures:
         )
 
 
-def blocks_fwd(regions, words, lengths, *options) -> Tensor:
+def fwd(regions, words, lengths, *options) -> Tensor:
     regions, words = wide(regions, words)
     blocks = _Pictures(regions, words, lengths, *options)
     scores = words.new_empty(len(words), len(regions))
@@ -130,14 +134,11 @@ def blocks_fwd(regions, words, lengths, *options) -> Tensor:
     return scores
 
 
-def blocks_bwd(dscores, regions, words, lengths, *options) -> tuple[Tensor, Tensor]:
+def bwd(dscores, regions, words, lengths, *options) -> tuple[Tensor, Tensor]:
     wide_regions, wide_words = wide(regions, words)
     blocks = _Pictures(wide_regions, wide_words, lengths, *options)
-    radial = torch.zeros_like(blocks.rnorm)
-    dpacked = torch.zeros_like(blocks.words)
-    dregions = torch.empty_like(wide_regions)
-    (dscores,) = wide(dscores)
-    scores = dscores.new_empty(len(words))
+    radial, dpacked = torch.zeros_like(blocks.rnorm), torch.zeros_like(blocks.words)
+    dregions, scores = torch.empty_like(wide_regions), dscores.new_empty(len(words))
     for i, picture in enumerate(wide_regions):
         blocks.forward(picture, scores)
         blocks.backward(dscores[:, i], radial)
