@@ -1,1 +1,8 @@
-"""Metrics and the evaluator."""
+"""How good generated pictures are."""
+
+from fastxm.evaluation.evaluator import FrechetJudge as FrechetJudge
+from fastxm.evaluation.evaluator import as_markdown as as_markdown
+from fastxm.evaluation.evaluator import evaluate as evaluate
+from fastxm.evaluation.metrics import FeatureStatistics as FeatureStatistics
+from fastxm.evaluation.metrics import frechet_distance as frechet_distance
+from fastxm.evaluation.metrics import retrieval_recall as retrieval_recall

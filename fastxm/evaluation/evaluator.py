@@ -4,19 +4,32 @@ The distance is "EffLite0-FD": the Frechet distance over pooled features of Effi
 from pictures resized to 224 px. It is no FID, and the two are not to be compared.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastxm.data import CaptionedImages
+from fastxm.data import CaptionedImages, open_dataset
+from fastxm.data.cache import track
 from fastxm.data.image_features import image_features
+from fastxm.data.subsets import full_weight, principal
 from fastxm.encoders import EfficientNetLite0, image_encoder
-from fastxm.evaluation.metrics import FeatureStatistics, frechet
+from fastxm.encoders.dual import DualEncoder
+from fastxm.evaluation.metrics import FeatureStatistics, frechet, retrieval_recall
+
+KS = (1, 5, 10)
+POOLS = 20  # of captions, over which recall is averaged
 
 
-def full_weight(dataset: CaptionedImages) -> CaptionedImages:
-    """The pictures that are drawn most: of `emoji`, no skin-tone variants and no flags."""
-    return dataset.select(np.flatnonzero(dataset.weights == dataset.weights.max()))
+class TextToImage(Protocol):
+    """What is judged; it can be built anew, untrained, from its config."""
+
+    config: Any
+
+    def generate(self, captions: Sequence[str], *, seed: int | None = None) -> Tensor: ...
 
 
 def shuffled(count: int, seed: int) -> Tensor:
@@ -34,7 +47,8 @@ class FrechetJudge:
         seed: of the shuffle.
 
     Attributes:
-        rows: of `dataset`, the real pictures; `other_rows`: as many others.
+        dataset: the pictures of full weight.
+        rows: of it, the real pictures; `other_rows`: as many others.
         real: statistics of the features of `rows`.
         baseline: the distance of `other_rows`, which a perfect generator would have.
     """
@@ -48,9 +62,12 @@ class FrechetJudge:
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        self.dataset = full_weight(dataset)
         self.encoder = image_encoder() if encoder is None else encoder
-        features = image_features(self.dataset, self.encoder, progress=progress)
+        # those of the dual encoder's training, so that one cache serves both
+        chosen = dataset.select(principal(dataset))
+        features = image_features(chosen, self.encoder, progress=progress)
+        rows = full_weight(chosen)
+        self.dataset, features = chosen.select(rows), features[rows]
         order = shuffled(len(features), seed)
         count = min(num_images, len(features) // 2)
         if count < 2:
@@ -66,3 +83,192 @@ class FrechetJudge:
     def __call__(self, images: Tensor) -> float:
         """The distance of images [N, 3, H, W] in [0, 1]; N as large as `rows` compares best."""
         return self.of_features(self.encoder.embed(images))
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions to draw, each of a picture of a data set.
+
+    texts: N captions. rows: [N], the pictures. groups, kinds: [N], their concepts, and what they
+    are of: the folder in a picture's id, in `emoji` the style.
+    """
+
+    texts: list[str]
+    rows: np.ndarray
+    groups: np.ndarray
+    kinds: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: CaptionedImages, rows: np.ndarray, seed: int) -> "Captions":
+        """A random caption of each of these pictures."""
+        random = np.random.default_rng(seed)
+        texts = [random.choice(dataset.captions[i]).item() for i in rows]
+        kinds = [dataset.ids[i].rpartition("/")[0] for i in rows]
+        return cls(texts, rows, np.array([dataset.groups[i] for i in rows]), np.array(kinds))
+
+
+def evaluate(
+    model: TextToImage,
+    dual: DualEncoder,
+    data: str = "emoji",
+    *,
+    num_images: int = 1500,
+    pool: int = 100,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Draws pictures of training and of held-out captions and judges them, beside baselines.
+
+    Args:
+        model: the generator; `model.config.image_size` is the side of its pictures.
+        dual: ranks captions by pictures.
+        data: "emoji", or a folder of captioned pictures.
+        num_images: drawn for each distance, if the data set has twice as many.
+        pool: captions among which a picture is to find its own, of as many concepts.
+        seed: of what is chosen and of the noise, which differs from picture to picture.
+        progress: show progress bars.
+
+    Returns:
+        "distance": EffLite0-FD against training pictures, by what was judged;
+        "retrieval": by what was judged, R@1, R@5, R@10, and "of", how many captions.
+    """
+    size = model.config.image_size
+    judge = FrechetJudge(
+        open_dataset(data, size, "train", progress=progress),
+        dual.image_encoder,
+        num_images=num_images,
+        seed=seed,
+        progress=progress,
+    )
+    trained_on = Captions.of(judge.dataset, judge.other_rows.numpy(), seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        untrained = type(model)(model.config)  # type: ignore[call-arg]
+    drawn = draw(model, trained_on.texts, judge, seed, "training captions", progress)
+    blank = draw(untrained, trained_on.texts, judge, seed, "untrained", progress)
+    grey = image_features(
+        mean_colours(judge.dataset.select(judge.rows)), judge.encoder, progress=progress
+    )
+    distance = {
+        "training captions": judge.of_features(drawn),
+        "untrained generator": judge.of_features(blank),
+        "mean colours": judge.of_features(grey),
+        "real against real": judge.baseline,
+    }
+    held_out = open_dataset(data, size, "val", progress=progress)
+    if len(held_out) == 0:
+        return {"distance": distance, "retrieval": {}}
+    return judge_held_out(model, dual, judge, held_out, distance, pool, seed, progress)
+
+
+def judge_held_out(
+    model: TextToImage,
+    dual: DualEncoder,
+    judge: FrechetJudge,
+    dataset: CaptionedImages,
+    distance: dict[str, float],
+    pool: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, dict[str, Any]]:
+    """Adds to the distances what held-out captions and pictures have; and the retrieval."""
+    chosen = dataset.select(principal(dataset))
+    rows = full_weight(chosen)
+    real = image_features(chosen, judge.encoder, progress=progress)
+    random = np.random.default_rng(seed)
+    turns = -(-len(judge.rows) // len(rows))
+    order = np.concatenate([random.permutation(rows) for _ in range(turns)])[: len(judge.rows)]
+    captions = Captions.of(chosen, order, seed)
+    drawn = draw(model, captions.texts, judge, seed, "held-out captions", progress)
+    distance = {
+        **distance,
+        "held-out captions": judge.of_features(drawn),
+        "held-out pictures": judge.of_features(real[rows]),
+    }
+    pools = caption_pools(captions, pool, seed)
+    found = {
+        "generated": pooled_recall(dual, drawn, captions, pools),
+        "real": pooled_recall(dual, real[order], captions, pools),
+    }
+    of = len(pools[0])
+    chance = {f"R@{k}": min(k / of, 1.0) for k in KS}
+    retrieval = {name: {**r, "of": of} for name, r in {**found, "chance": chance}.items()}
+    return {"distance": distance, "retrieval": retrieval}
+
+
+def draw(
+    model: TextToImage,
+    captions: Sequence[str],
+    judge: FrechetJudge,
+    seed: int,
+    title: str,
+    progress: bool,
+    chunk: int = 64,
+) -> Tensor:
+    """Features [N, 1280] of a picture of each caption, each from noise of its own."""
+    parts = []
+    starts = range(0, len(captions), chunk)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in track(starts, len(captions), title, step=chunk, progress=progress):
+            # with a seed, generate gives every caption the same noise
+            images = model.generate(captions[start : start + chunk], seed=None)
+            parts.append(judge.encoder.embed(images).cpu())
+    return torch.cat(parts)
+
+
+def mean_colours(dataset: CaptionedImages) -> CaptionedImages:
+    """The data set with every picture in one colour, its mean."""
+    means = np.stack([picture.mean((0, 1)) for picture in dataset.images])
+    images = np.broadcast_to(means.round().astype(np.uint8)[:, None, None], dataset.images.shape)
+    return replace(dataset, images=images, ids=[f"mean of {id}" for id in dataset.ids])
+
+
+def caption_pools(captions: Captions, size: int, seed: int) -> list[np.ndarray]:
+    """Pools of as many captions as `size`, each of a concept of its own, all of one kind.
+
+    Of one kind, lest a style that captions name and pictures show tell right from wrong. Where no
+    kind has enough concepts, kinds are mixed; where all have too few, pools are smaller.
+    """
+    random = np.random.default_rng(seed)
+    enough = [
+        kind
+        for kind in np.unique(captions.kinds)
+        if len(np.unique(captions.groups[captions.kinds == kind])) >= size
+    ]
+    pools = []
+    for turn in range(POOLS):
+        allowed = np.arange(len(captions.texts))
+        if enough:
+            allowed = np.flatnonzero(captions.kinds == enough[turn % len(enough)])
+        allowed = random.permutation(allowed)
+        _, first = np.unique(captions.groups[allowed], return_index=True)
+        pools.append(allowed[random.permutation(first)[:size]])
+    return pools
+
+
+@torch.no_grad()
+def pooled_recall(
+    dual: DualEncoder, features: Tensor, captions: Captions, pools: list[np.ndarray]
+) -> dict[str, float]:
+    """R@k of finding a picture's caption among those of its pool, the mean over the pools."""
+    found = []
+    for members in pools:
+        keys = dual.embed_text([captions.texts[i] for i in members])
+        query = dual.embed_images(features[members])
+        found.append(retrieval_recall(query, keys, torch.arange(len(members)), KS))
+    return {f"R@{k}": float(np.mean([r[k] for r in found])) for k in KS}
+
+
+def as_markdown(report: dict[str, dict[str, Any]]) -> str:
+    """The tables of what `evaluate` returned."""
+    lines = ["| pictures | EffLite0-FD |", "| --- | ---: |"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in report["distance"].items()]
+    if report["retrieval"]:
+        of = next(iter(report["retrieval"].values()))["of"]
+        lines += ["", f"| finds its caption among {of} | {' | '.join(f'R@{k}' for k in KS)} |"]
+        lines.append(f"| --- |{' ---: |' * len(KS)}")
+        for name, r in report["retrieval"].items():
+            recalls = " | ".join(f"{r[f'R@{k}']:.2f}" for k in KS)
+            lines.append(f"| {name} | {recalls} |")
+    return "\n".join(lines)

@@ -1,0 +1,21 @@
+"""Which pictures of a data set stand for it: rows for `CaptionedImages.select`."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fastxm.data.captioned import CaptionedImages
+
+
+def principal(dataset: "CaptionedImages") -> np.ndarray:
+    """Rows of the pictures that are drawn most of their concept: of `emoji`, no skin tones."""
+    _, group = np.unique(np.array(dataset.groups), return_inverse=True)
+    most = np.zeros(group.max(initial=-1) + 1)
+    np.maximum.at(most, group, dataset.weights)
+    return np.flatnonzero(dataset.weights == most[group])
+
+
+def full_weight(dataset: "CaptionedImages") -> np.ndarray:
+    """Rows of the pictures that are drawn most of all: of `emoji`, no skin tones and no flags."""
+    return np.flatnonzero(dataset.weights == dataset.weights.max(initial=0))

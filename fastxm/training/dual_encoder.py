@@ -1,0 +1,174 @@
+"""The dual encoder's training: two heads on features that are computed once.
+
+An epoch draws a caption for each picture. Pictures of one concept are not each other's negatives.
+Concepts that no training picture shows are held out; on them recall is measured.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastxm.data import CaptionedImages, TextFeatures, open_dataset, text_features
+from fastxm.data.cache import build_once, digest, track
+from fastxm.data.image_features import image_features
+from fastxm.data.subsets import principal
+from fastxm.encoders.dual import DualEncoder, DualEncoderConfig
+from fastxm.evaluation.metrics import retrieval_recall
+from fastxm.ops import info_nce
+
+
+@dataclass(frozen=True)
+class DualEncoderTraining:
+    """Everything that decides a training of the dual encoder."""
+
+    model: DualEncoderConfig = field(default_factory=DualEncoderConfig)
+    data: str = "emoji"
+    """"emoji", or a folder of captioned pictures."""
+    image_size: int = 64
+    """Side of the pictures before the image encoder resizes them: that of what it is to judge."""
+    epochs: int = 32
+    """Passes over the pictures."""
+    batch_size: int = 512
+    """Pairs in an update."""
+    lr: float = 1e-3
+    """AdamW's first step; it falls to 0 along a cosine."""
+    weight_decay: float = 0.1
+    """AdamW's."""
+    seed: int = 0
+    """Of weights, order, captions and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Features of pictures [N, image_width], of their captions, and their concepts [N]."""
+
+    images: Tensor
+    text: TextFeatures
+    rows: np.ndarray  # [N], of the pictures among those that `text` knows
+    captions: np.ndarray  # [N], how many each has
+    labels: Tensor
+    ids: list[str]
+
+    @classmethod
+    def of(cls, dataset: CaptionedImages, model: DualEncoder, progress: bool) -> "Pairs":
+        """The features of a data set's principal pictures."""
+        rows = principal(dataset)
+        chosen = dataset.select(rows)
+        _, labels = np.unique(np.array(chosen.groups), return_inverse=True)
+        return cls(
+            image_features(chosen, model.image_encoder, progress=progress),
+            text_features(dataset, model.text_encoder, progress=progress),
+            rows,
+            np.array([len(captions) for captions in chosen.captions]),
+            torch.from_numpy(labels),
+            chosen.ids,
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sentences(self, index: Tensor, number: Tensor) -> Tensor:
+        """Sentences [B, text_width] of caption `number` [B] of pictures `index` [B]."""
+        rows = self.text.row(self.rows[index.numpy()], number.numpy())
+        return self.text.batch(rows)["sentence"]
+
+
+def train_dual_encoder(
+    config: DualEncoderTraining | None = None, *, progress: bool = True
+) -> tuple[DualEncoder, dict[str, float]]:
+    """Trains the heads on the CPU; some seconds, once the features are in the cache.
+
+    Args:
+        config: of the training.
+        progress: show progress bars.
+
+    Returns:
+        The model in eval mode, and what it reaches on held-out concepts ({} where there are none).
+    """
+    config = config or DualEncoderTraining()
+    train = open_dataset(config.data, config.image_size, "train", progress=progress)
+    held_out = open_dataset(config.data, config.image_size, "val", progress=progress)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = DualEncoder(config.model)
+        fit(model, Pairs.of(train, model, progress), config, progress)
+    if len(held_out) == 0:
+        return model, {}
+    return model, recall(model, Pairs.of(held_out, model, progress))
+
+
+def fit(model: DualEncoder, pairs: Pairs, config: DualEncoderTraining, progress: bool) -> None:
+    """Trains the heads on these pairs."""
+    model.standardise(pairs.images)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+    )
+    updates = config.epochs * -(-len(pairs) // config.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    counts = torch.from_numpy(pairs.captions)
+    epochs = range(config.epochs)
+    for _ in track(epochs, config.epochs, "dual encoder", progress=progress):
+        numbers = (torch.rand(len(pairs), dtype=torch.float64) * counts).long()
+        for index in torch.randperm(len(pairs)).split(config.batch_size):
+            embedded = model(pairs.images[index], pairs.sentences(index, numbers[index]))
+            loss = info_nce(*embedded, labels=pairs.labels[index])
+            if not loss.isfinite():
+                raise ValueError(f"the dual encoder's loss is {loss.item()}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+@torch.no_grad()
+def recall(model: DualEncoder, pairs: Pairs) -> dict[str, float]:
+    """Finding a picture's concept: one caption stands for each, the first of its first picture.
+
+    Returns:
+        R@1, R@5, R@10, and the numbers of pictures and of concepts.
+    """
+    concepts, first = np.unique(pairs.labels.numpy(), return_index=True)
+    index = torch.from_numpy(first)
+    keys = model.embed_text(pairs.sentences(index, torch.zeros_like(index)))
+    truth = pairs.labels[:, None] == torch.from_numpy(concepts)
+    found = retrieval_recall(model.embed_images(pairs.images), keys, truth)
+    metrics = {f"R@{k}": value for k, value in found.items()}
+    return {**metrics, "pictures": len(pairs), "concepts": len(concepts)}
+
+
+def cached_dual_encoder(
+    config: DualEncoderTraining | None = None, *, progress: bool = True
+) -> DualEncoder:
+    """The dual encoder of a data set, trained the first time and then read from the cache."""
+    config = config or DualEncoderTraining()
+    train = open_dataset(config.data, config.image_size, "train", progress=progress)
+    made_of = {
+        "format": 1,
+        "pictures": train.cache_dir.name,
+        "captions": digest([train.ids, train.captions]),
+        "config": {**dataclasses.asdict(config), "data": train.name},
+    }
+    directory = train.cache_dir.parent / f"{train.name}-dual-encoder-{digest(made_of)}"
+    build_once(directory, made_of, partial(write_model, config, progress))
+    return DualEncoder.from_pretrained(directory)
+
+
+def write_model(config: DualEncoderTraining, progress: bool, directory: Path) -> dict[str, Any]:
+    model, metrics = train_dual_encoder(config, progress=progress)
+    model.save_pretrained(directory)
+    return {"held_out": metrics}
