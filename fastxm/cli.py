@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
+from rich.table import Column, Table
 
 import fastxm
 
@@ -172,8 +174,8 @@ def prepare(arguments: list[str]) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    """Train a system: xmcgan."""
-    systems = {"xmcgan": train_xmcgan}
+    """Train a system: xmcgan or dual-encoder."""
+    systems = {"xmcgan": train_xmcgan, "dual-encoder": train_dual_encoder}
     if not arguments or arguments[0] in ("-h", "--help"):
         say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {', '.join(systems)}")
         return
@@ -237,6 +239,32 @@ def finish(run: "Run") -> None:
         say(f"go on with the same command and --resume --out {run.out}")
 
 
+def train_dual_encoder(arguments: list[str]) -> None:
+    """Train the dual encoder that ranks pictures and captions."""
+    from fastxm.training import config as configs
+    from fastxm.training.dual_encoder import DualEncoderTraining
+    from fastxm.training.dual_encoder import train_dual_encoder as fit
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        """Train the dual encoder that ranks pictures and captions; seconds, with a full cache."""
+
+        config: DualEncoderTraining
+        out: Path = Path("runs/dual-encoder")
+        """The run's directory."""
+
+    default, flat = Arguments(DualEncoderTraining()), (tyro.conf.OmitArgPrefixes,)
+    asked = parse(Arguments, "train dual-encoder", arguments, default=default, config=flat)
+    if (asked.out / "config.yaml").exists():
+        raise ValueError(f"{asked.out} already holds a run: choose another --out")
+    model, metrics = fit(asked.config)
+    configs.write(asked.out / "config.yaml", "dual-encoder", asked.config)
+    (asked.out / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    model.save_pretrained(asked.out / "model")
+    said = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    say(f"held-out concepts:  {said or 'none'}", f"model:              {asked.out / 'model'}")
+
+
 def sample(arguments: list[str]) -> None:
     """Draw pictures of captions into one PNG."""
 
@@ -290,6 +318,66 @@ def load(path: Path, device: str) -> "XMCGAN":
             f"no model in {path}: give a finished run's directory, or a model's"
         )
     return XMCGAN.from_pretrained(found[0]).to(pick_device(device))
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure a model: EffLite0-FD against pictures, and whether pictures find their captions."""
+
+    def run(
+        model: Path,
+        data: str = "emoji",
+        dual_encoder: Path | None = None,
+        num_images: int = 1500,
+        seed: int = 0,
+        device: str = "auto",
+        out: Path | None = None,
+    ) -> None:
+        """Measure a model: EffLite0-FD against pictures, and whether pictures find their captions.
+
+        Args:
+            model: a run's directory, or a model's.
+            data: "emoji", or a folder of captioned pictures.
+            dual_encoder: a run's or a model's directory; one is trained on the data if not given.
+            num_images: pictures drawn for each distance.
+            seed: of what is chosen and of the noise.
+            device: auto, cpu or cuda.
+            out: where the figures go as JSON too.
+        """
+        from fastxm import DualEncoder, evaluation
+        from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
+
+        generator = load(model, device)
+        if dual_encoder is not None:
+            judge = DualEncoder.from_pretrained(find_model(dual_encoder))
+        else:
+            size = generator.config.image_size
+            judge = cached_dual_encoder(DualEncoderTraining(data=data, image_size=size))
+        judge = judge.to(generator.generator.first.weight.device)
+        found = evaluation.evaluate(generator, judge, data, num_images=num_images, seed=seed)
+        show(found)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(found, indent=1) + "\n")
+
+    parse(run, "evaluate", arguments)
+
+
+def show(found: dict[str, dict[str, Any]]) -> None:
+    """The two tables of what `evaluate` measured."""
+    console = Console()
+    distances = Table("pictures", Column("EffLite0-FD", justify="right"))
+    for name, value in found["distance"].items():
+        distances.add_row(name, f"{value:.1f}")
+    console.print(distances)
+    if not found["retrieval"]:
+        return
+    (of,) = {row["of"] for row in found["retrieval"].values()}
+    recalls = [name for name in next(iter(found["retrieval"].values())) if name != "of"]
+    columns = [Column(name, justify="right") for name in recalls]
+    retrieval = Table(f"finds its caption among {of}", *columns)
+    for name, row in found["retrieval"].items():
+        retrieval.add_row(name, *(f"{row[recall]:.3f}" for recall in recalls))
+    console.print(retrieval)
 
 
 def bench(arguments: list[str]) -> int:
@@ -348,6 +436,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "prepare": prepare,
     "train": train,
     "sample": sample,
+    "evaluate": evaluate,
     "bench": bench,
     "doctor": doctor,
     "demo": demo,

@@ -9,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
+import fastxm
 from fastxm import cli
 from fastxm.training import config as configs
 from fastxm.training.xmcgan import XMCGANTraining
@@ -89,6 +90,40 @@ def test_a_run_can_be_sampled_and_resumed(folder, run, tmp_path, capsys):
     assert "done after 4 steps" in capsys.readouterr().out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
+    from fastxm import evaluation
+    from fastxm.training import dual_encoder
+
+    recall = {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75, "of": 100}
+    figures = {"distance": {"training captions": 173.0}, "retrieval": {"generated": recall}}
+    asked = []
+    judge = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(dual_encoder, "cached_dual_encoder", lambda c: asked.append(c) or judge)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: asked.append((a, k)) or figures)
+    out = tmp_path / "new" / "figures.json"
+    flags = ["--model", str(run), "--data", "here", "--num-images", "7", "--out", str(out)]
+    assert cli.main(["evaluate", *flags, "--device", "cpu"]) == 0
+    (config, ((generator, *rest), options)) = asked
+    assert (config.data, config.image_size) == ("here", 64)
+    assert generator.config.gf == 2
+    assert rest == [judge, "here"]
+    assert options == {"num_images": 7, "seed": 0}
+    said = capsys.readouterr().out
+    for text in ("EffLite0-FD", "173.0", "among 100", "R@10", "0.750"):
+        assert text in said
+    assert json.loads(out.read_text()) == figures
+
+
+def test_the_dual_encoder_leaves_a_model(folder, tmp_path, capsys):
+    out = tmp_path / "dual"
+    command = ["train", "dual-encoder", "--data", str(folder), "--out", str(out)]
+    assert cli.main([*command, "--epochs", "1", "--hidden", "4", "--width", "4"]) == 0
+    assert str(out / "model") in capsys.readouterr().out
+    assert fastxm.DualEncoder.from_pretrained(out / "model").config.hidden == 4
+    assert yaml.safe_load((out / "config.yaml").read_text())["epochs"] == 1
+    assert "already holds a run" in refused(capsys, *command)
 
 
 def test_prepare_says_what_there_is(folder, capsys):
