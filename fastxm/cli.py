@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import fastxm
+from fastxm.training import config as configs
 
 if TYPE_CHECKING:
     from fastxm.models.xmcgan import XMCGAN
@@ -186,7 +187,6 @@ def train(arguments: list[str]) -> None:
 
 def train_xmcgan(arguments: list[str]) -> "Run":
     """Train XMC-GAN; a preset or the run to resume gives what the flags leave out."""
-    from fastxm.training import config as configs
     from fastxm.training.trainer import train as loop
     from fastxm.training.xmcgan import XMCGANRecipe, XMCGANTraining
 
@@ -202,26 +202,33 @@ def train_xmcgan(arguments: list[str]) -> "Run":
         resume: bool = False
         """Go on from the last checkpoint in the run's directory."""
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--out", type=Path)
-    first.add_argument("--data")
+    values, preset, out, where = base(arguments)
+    default = Arguments(configs.construct(XMCGANTraining, values, where), preset, out)
+    flat = (tyro.conf.OmitArgPrefixes,)
+    asked = parse(Arguments, "train xmcgan", arguments, default=default, config=flat)
+    run = loop(XMCGANRecipe(asked.config), asked.out, asked.config.loop, resume=asked.resume)
+    finish(run)
+    return run
+
+
+def base(arguments: list[str]) -> tuple[dict[str, Any], str, Path, str]:
+    """The values that flags override: of the preset, or of the run to resume if none is named.
+
+    Returns:
+        the values, the preset's name, the run's directory, and where the values come from.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--preset", "--out", "--data"):
+        first.add_argument(flag, nargs="?")
     first.add_argument("--resume", action="store_true")
     known, _ = first.parse_known_args(arguments)
     preset = known.preset or DEFAULT_PRESET
     values, where = configs.preset("xmcgan", preset), f"preset {preset}"
-    data = known.data or values.get("data", "emoji")
-    out = known.out or Path("runs") / f"xmcgan-{Path(data).name}-{preset}"
+    data = known.data or values["data"]
+    out = Path(known.out or f"runs/xmcgan-{Path(data).name}-{preset}")
     if known.resume and not known.preset:
-        where = str(out / "config.yaml")
-        values = configs.read(out / "config.yaml", "xmcgan")
-    default = Arguments(configs.construct(XMCGANTraining, values, where), preset, out)
-    flat = (tyro.conf.OmitArgPrefixes,)
-    asked = parse(Arguments, "train xmcgan", arguments, default=default, config=flat)
-    recipe = XMCGANRecipe(asked.config)
-    run = loop(recipe, asked.out, asked.config.loop, resume=asked.resume)
-    finish(run)
-    return run
+        return configs.read(out / "config.yaml", "xmcgan"), preset, out, str(out / "config.yaml")
+    return values, preset, out, where
 
 
 def finish(run: "Run") -> None:
@@ -241,7 +248,6 @@ def finish(run: "Run") -> None:
 
 def train_dual_encoder(arguments: list[str]) -> None:
     """Train the dual encoder that ranks pictures and captions."""
-    from fastxm.training import config as configs
     from fastxm.training.dual_encoder import DualEncoderTraining
     from fastxm.training.dual_encoder import train_dual_encoder as fit
 
@@ -312,12 +318,19 @@ def load(path: Path, device: str) -> "XMCGAN":
     from fastxm import XMCGAN
     from fastxm.training.precision import pick_device
 
-    found = [folder for folder in (path / "model", path) if (folder / "config.json").is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"no model in {path}: give a finished run's directory, or a model's"
-        )
-    return XMCGAN.from_pretrained(found[0]).to(pick_device(device))
+    return XMCGAN.from_pretrained(find_model(path)).to(pick_device(device))
+
+
+def find_model(path: Path) -> Path:
+    """The model's own directory, from that or its run's.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(f"no model in {path}: give a finished run's directory, or a model's")
 
 
 def evaluate(arguments: list[str]) -> None:

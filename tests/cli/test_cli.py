@@ -114,6 +114,8 @@ def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
     for text in ("EffLite0-FD", "173.0", "among 100", "R@10", "0.750"):
         assert text in said
     assert json.loads(out.read_text()) == figures
+    missing = str(tmp_path / "absent")
+    assert "no model in" in refused(capsys, "evaluate", *flags, "--dual-encoder", missing)
 
 
 def test_the_dual_encoder_leaves_a_model(folder, tmp_path, capsys):
@@ -152,6 +154,7 @@ def test_refusals_are_one_line(folder, run, tmp_path, capsys):
     assert "no model in" in refused(capsys, "sample", "a dog", "--model", missing)
     assert "one caption" in refused(capsys, "sample", "--model", str(run))
     assert "image_size is one of" in refused(capsys, *train, "--image-size", "65", "--out", missing)
+    assert "--preset" in refused(capsys, *train, "--preset")
     assert "Unrecognized options: --gff" in refused(capsys, *train, "--gff", "3")
     assert "Error parsing --gf" in refused(capsys, *train, "--gf", "x")
     assert "Missing from fastxm sample: --model" in refused(capsys, "sample", "a dog")
