@@ -30,7 +30,7 @@ def augment(
         policy: any of "color", "translation" and "cutout", with commas between; "" for none.
         parameters: [B, 7] of `draw`; two batches that share them are augmented alike.
         generator: draws the parameters if they are not given. Compiled code takes parameters.
-        fill: the value of what was moved or cut away.
+        fill: the value of what was cut away.
 
     Returns:
         [B, 3, H, W]; colours may leave [0, 1], where clamping would stop the gradient.
@@ -47,7 +47,7 @@ def augment(
     if "color" in chosen:
         images = jitter(images, parameters)
     if "translation" in chosen:
-        images = translate(images, parameters, fill)
+        images = translate(images, parameters)
     if "cutout" in chosen:
         images = cut(images, parameters, fill)
     return images
@@ -82,11 +82,14 @@ def jitter(images: Tensor, parameters: Tensor) -> Tensor:
     return middle + (images - middle) * (u[CONTRAST] + 0.5)
 
 
-def translate(images: Tensor, parameters: Tensor, fill: float) -> Tensor:
-    """Moves each picture by whole pixels, up to an eighth of its side."""
+def translate(images: Tensor, parameters: Tensor) -> Tensor:
+    """Moves each picture by whole pixels, up to an eighth of its side; its border moves in.
+
+    A constant there would draw straight edges into pictures on white, which a generator copies.
+    """
     B, C, H, W = images.shape
     room_y, room_x = round(H * SHIFT), round(W * SHIFT)
-    padded = F.pad(images, (room_x, room_x, room_y, room_y), value=fill)
+    padded = F.pad(images, (room_x, room_x, room_y, room_y), mode="replicate")
     rows = origins(parameters[:, SHIFT_Y], 2 * room_y) + torch.arange(H, device=images.device)
     columns = origins(parameters[:, SHIFT_X], 2 * room_x) + torch.arange(W, device=images.device)
     tall = padded.gather(2, rows[:, None, :, None].expand(B, C, H, padded.shape[3]))
