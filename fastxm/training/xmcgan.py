@@ -255,7 +255,7 @@ class XMCGANRecipe(Recipe):
         for name, values in gradients.items():
             player = self.players[name]
             for parameter, gradient in zip(player.network.parameters(), values):
-                parameter.grad = gradient
+                parameter.grad = as_laid_out(gradient, parameter)
             self.scaler.step(player.optimizer)
             player.optimizer.zero_grad()
         self.scaler.update()
@@ -283,6 +283,13 @@ class XMCGANRecipe(Recipe):
             self.model.save_pretrained(directory)
         finally:
             self.model.generator = live
+
+
+def as_laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the parameter's memory order: fused Adam pairs places, not indices."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def sample_captions(splits: list[CaptionedImages], count: int) -> list[str]:

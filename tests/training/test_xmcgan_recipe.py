@@ -224,6 +224,21 @@ def test_compiled_without_a_graph_break_it_computes_the_same(folder, monkeypatch
     same(plain.model, compiled.model)
 
 
+def test_gradients_of_another_memory_order_update_the_same(folder):
+    updated = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        ours = recipe(folder)
+        ours.build()
+        network = ours.players["generator"].network
+        torch.manual_seed(0)
+        gradients = [torch.randn(p.shape) for p in network.parameters()]
+        gradients = [g.contiguous(memory_format=order) if g.ndim == 4 else g for g in gradients]
+        ours.update({"generator": tuple(gradients)})
+        updated.append(network)
+    for a, b in zip(updated[0].parameters(), updated[1].parameters()):
+        assert torch.equal(a, b)
+
+
 def test_samples_and_export_are_of_the_average(folder, tmp_path):
     ours = recipe(folder, ema_decay=0.9)
     ours.build()
