@@ -2,6 +2,9 @@
 
 import os
 
+# tests are small: more threads would only wait for each other, all the more on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # without a GPU, Triton kernels run in the interpreter; it must be told before they are imported
