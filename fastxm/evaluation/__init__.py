@@ -1,7 +1,6 @@
 """How good generated pictures are."""
 
 from fastxm.evaluation.evaluator import FrechetJudge as FrechetJudge
-from fastxm.evaluation.evaluator import as_markdown as as_markdown
 from fastxm.evaluation.evaluator import evaluate as evaluate
 from fastxm.evaluation.metrics import FeatureStatistics as FeatureStatistics
 from fastxm.evaluation.metrics import frechet_distance as frechet_distance

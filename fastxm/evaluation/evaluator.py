@@ -29,6 +29,10 @@ class TextToImage(Protocol):
 
     config: Any
 
+    def __init__(self, config: Any) -> None: ...
+
+    def to(self, device: torch.device) -> "TextToImage": ...
+
     def generate(self, captions: Sequence[str], *, seed: int | None = None) -> Tensor: ...
 
 
@@ -107,6 +111,73 @@ class Captions:
         return cls(texts, rows, np.array([dataset.groups[i] for i in rows]), np.array(kinds))
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A generator under one protocol; `evaluate` says what the fields are."""
+
+    model: TextToImage
+    dual: DualEncoder
+    judge: FrechetJudge
+    pool: int
+    seed: int
+    progress: bool
+
+    def on_training(self) -> dict[str, float]:
+        """Distances of what stands against training pictures and their captions."""
+        judge = self.judge
+        captions = Captions.of(judge.dataset, judge.other_rows.numpy(), self.seed).texts
+        flat = mean_colours(judge.dataset.select(judge.rows))
+        colours = image_features(flat, judge.encoder, progress=self.progress)
+        return {
+            "training captions": judge.of_features(self.draw(captions, "training captions")),
+            "untrained generator": judge.of_features(
+                replace(self, model=self.untrained()).draw(captions, "untrained")
+            ),
+            "mean colours": judge.of_features(colours),
+            "real against real": judge.baseline,
+        }
+
+    def on_held_out(self, dataset: CaptionedImages) -> tuple[dict[str, float], dict[str, Any]]:
+        """Distances and retrieval of held-out captions and pictures."""
+        chosen = dataset.select(principal(dataset))
+        rows = full_weight(chosen)
+        real = image_features(chosen, self.judge.encoder, progress=self.progress)
+        random, count = np.random.default_rng(self.seed), len(self.judge.rows)
+        turns = [random.permutation(rows) for _ in range(-(-count // len(rows)))]
+        order = np.concatenate(turns)[:count]
+        captions = Captions.of(chosen, order, self.seed)
+        drawn = self.draw(captions.texts, "held-out captions")
+        pools = caption_pools(captions, self.pool, self.seed)
+        of = len(pools[0])
+        distance = {"held-out captions": self.judge.of_features(drawn)}
+        if len(rows) > 1:
+            distance["held-out pictures"] = self.judge.of_features(real[rows])
+        retrieval = {
+            "generated": pooled_recall(self.dual, drawn, captions, pools),
+            "real": pooled_recall(self.dual, real[order], captions, pools),
+            "chance": {f"R@{k}": min(k / of, 1.0) for k in KS},
+        }
+        return distance, {name: {**found, "of": of} for name, found in retrieval.items()}
+
+    def draw(self, captions: Sequence[str], title: str, chunk: int = 64) -> Tensor:
+        """Features [N, 1280] of a picture of each caption, each from noise of its own."""
+        parts = []
+        starts = range(0, len(captions), chunk)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            for start in track(starts, len(captions), title, step=chunk, progress=self.progress):
+                # with a seed, generate gives every caption the same noise
+                images = self.model.generate(captions[start : start + chunk], seed=None)
+                parts.append(self.judge.encoder.embed(images).cpu())
+        return torch.cat(parts)
+
+    def untrained(self) -> TextToImage:
+        """The model as it was before its first step, from this seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return type(self.model)(self.model.config).to(self.dual.device)
+
+
 def evaluate(
     model: TextToImage,
     dual: DualEncoder,
@@ -121,7 +192,7 @@ def evaluate(
 
     Args:
         model: the generator; `model.config.image_size` is the side of its pictures.
-        dual: ranks captions by pictures.
+        dual: ranks captions by pictures; its image encoder gives the features of the distance.
         data: "emoji", or a folder of captioned pictures.
         num_images: drawn for each distance, if the data set has twice as many.
         pool: captions among which a picture is to find its own, of as many concepts.
@@ -130,91 +201,19 @@ def evaluate(
 
     Returns:
         "distance": EffLite0-FD against training pictures, by what was judged;
-        "retrieval": by what was judged, R@1, R@5, R@10, and "of", how many captions.
+        "retrieval": by what was judged, R@1, R@5, R@10, and "of", how many captions;
+        empty where the data set holds nothing out.
     """
     size = model.config.image_size
-    judge = FrechetJudge(
-        open_dataset(data, size, "train", progress=progress),
-        dual.image_encoder,
-        num_images=num_images,
-        seed=seed,
-        progress=progress,
-    )
-    trained_on = Captions.of(judge.dataset, judge.other_rows.numpy(), seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        untrained = type(model)(model.config)  # type: ignore[call-arg]
-    drawn = draw(model, trained_on.texts, judge, seed, "training captions", progress)
-    blank = draw(untrained, trained_on.texts, judge, seed, "untrained", progress)
-    grey = image_features(
-        mean_colours(judge.dataset.select(judge.rows)), judge.encoder, progress=progress
-    )
-    distance = {
-        "training captions": judge.of_features(drawn),
-        "untrained generator": judge.of_features(blank),
-        "mean colours": judge.of_features(grey),
-        "real against real": judge.baseline,
-    }
-    held_out = open_dataset(data, size, "val", progress=progress)
+    train, held_out = (open_dataset(data, size, s, progress=progress) for s in ("train", "val"))
+    options: dict[str, Any] = {"num_images": num_images, "seed": seed, "progress": progress}
+    judge = FrechetJudge(train, dual.image_encoder, **options)
+    evaluation = Evaluation(model, dual, judge, pool, seed, progress)
+    distance = evaluation.on_training()
     if len(held_out) == 0:
         return {"distance": distance, "retrieval": {}}
-    return judge_held_out(model, dual, judge, held_out, distance, pool, seed, progress)
-
-
-def judge_held_out(
-    model: TextToImage,
-    dual: DualEncoder,
-    judge: FrechetJudge,
-    dataset: CaptionedImages,
-    distance: dict[str, float],
-    pool: int,
-    seed: int,
-    progress: bool,
-) -> dict[str, dict[str, Any]]:
-    """Adds to the distances what held-out captions and pictures have; and the retrieval."""
-    chosen = dataset.select(principal(dataset))
-    rows = full_weight(chosen)
-    real = image_features(chosen, judge.encoder, progress=progress)
-    random = np.random.default_rng(seed)
-    turns = -(-len(judge.rows) // len(rows))
-    order = np.concatenate([random.permutation(rows) for _ in range(turns)])[: len(judge.rows)]
-    captions = Captions.of(chosen, order, seed)
-    drawn = draw(model, captions.texts, judge, seed, "held-out captions", progress)
-    distance = {
-        **distance,
-        "held-out captions": judge.of_features(drawn),
-        "held-out pictures": judge.of_features(real[rows]),
-    }
-    pools = caption_pools(captions, pool, seed)
-    found = {
-        "generated": pooled_recall(dual, drawn, captions, pools),
-        "real": pooled_recall(dual, real[order], captions, pools),
-    }
-    of = len(pools[0])
-    chance = {f"R@{k}": min(k / of, 1.0) for k in KS}
-    retrieval = {name: {**r, "of": of} for name, r in {**found, "chance": chance}.items()}
-    return {"distance": distance, "retrieval": retrieval}
-
-
-def draw(
-    model: TextToImage,
-    captions: Sequence[str],
-    judge: FrechetJudge,
-    seed: int,
-    title: str,
-    progress: bool,
-    chunk: int = 64,
-) -> Tensor:
-    """Features [N, 1280] of a picture of each caption, each from noise of its own."""
-    parts = []
-    starts = range(0, len(captions), chunk)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in track(starts, len(captions), title, step=chunk, progress=progress):
-            # with a seed, generate gives every caption the same noise
-            images = model.generate(captions[start : start + chunk], seed=None)
-            parts.append(judge.encoder.embed(images).cpu())
-    return torch.cat(parts)
+    more, retrieval = evaluation.on_held_out(held_out)
+    return {"distance": {**distance, **more}, "retrieval": retrieval}
 
 
 def mean_colours(dataset: CaptionedImages) -> CaptionedImages:
@@ -258,17 +257,3 @@ def pooled_recall(
         query = dual.embed_images(features[members])
         found.append(retrieval_recall(query, keys, torch.arange(len(members)), KS))
     return {f"R@{k}": float(np.mean([r[k] for r in found])) for k in KS}
-
-
-def as_markdown(report: dict[str, dict[str, Any]]) -> str:
-    """The tables of what `evaluate` returned."""
-    lines = ["| pictures | EffLite0-FD |", "| --- | ---: |"]
-    lines += [f"| {name} | {value:.1f} |" for name, value in report["distance"].items()]
-    if report["retrieval"]:
-        of = next(iter(report["retrieval"].values()))["of"]
-        lines += ["", f"| finds its caption among {of} | {' | '.join(f'R@{k}' for k in KS)} |"]
-        lines.append(f"| --- |{' ---: |' * len(KS)}")
-        for name, r in report["retrieval"].items():
-            recalls = " | ".join(f"{r[f'R@{k}']:.2f}" for k in KS)
-            lines.append(f"| {name} | {recalls} |")
-    return "\n".join(lines)

@@ -92,6 +92,7 @@ def retrieval_recall(
         {k: recall in [0, 1]}. A wrong key as near as the nearest right one counts as nearer:
         queries that are all alike earn nothing.
     """
+    truth = truth.to(query.device)
     if truth.ndim == 1:
         truth = torch.nn.functional.one_hot(truth, len(keys)).bool()
     if truth.shape != (len(query), len(keys)):
