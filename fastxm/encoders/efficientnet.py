@@ -86,11 +86,14 @@ class EfficientNetLite0(Frozen):
     ) -> None:
         super().__init__()
         self.image_size = image_size
-        self.stem = SameConv(3, 32, 3, stride=2)
-        self.blocks = nn.ModuleList(blocks())
-        self.head = SameConv(320, 1280, 1)
-        self.classifier = nn.Linear(1280, 1000)
-        self.load_state_dict(folded(read(package_weights() if weights is None else weights)))
+        # on meta nothing is initialised: no time, and no draw from the random state
+        with torch.device("meta"):
+            self.stem = SameConv(3, 32, 3, stride=2)
+            self.blocks = nn.ModuleList(blocks())
+            self.head = SameConv(320, 1280, 1)
+            self.classifier = nn.Linear(1280, 1000)
+        state = folded(read(package_weights() if weights is None else weights), self.blocks)
+        self.load_state_dict(state, assign=True)
         self.freeze()
         self.name = f"efficientnet-lite0-{image_size or 'any'}-{self.fingerprint()}"
 
@@ -169,10 +172,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def folded(published: dict[str, Tensor]) -> "OrderedDict[str, Tensor]":
+def folded(published: dict[str, Tensor], blocks: nn.ModuleList) -> "OrderedDict[str, Tensor]":
     """The published state dict under the names here, each batch norm inside its convolution."""
     pairs = [("stem", "_conv_stem", "_bn0"), ("head", "_conv_head", "_bn1")]
-    for i, block in enumerate(blocks()):
+    for i, block in enumerate(blocks):
         here, there = f"blocks.{i}", f"_blocks.{i}"
         if block.expand is not None:
             pairs.append((f"{here}.expand", f"{there}._expand_conv", f"{there}._bn0"))

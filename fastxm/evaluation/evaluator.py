@@ -148,13 +148,14 @@ class Evaluation:
         captions = Captions.of(chosen, order, self.seed)
         drawn = self.draw(captions.texts, "held-out captions")
         pools = caption_pools(captions, self.pool, self.seed)
+        keys = embed_captions(self.dual, captions.texts)
         of = len(pools[0])
         distance = {"held-out captions": self.judge.of_features(drawn)}
         if len(rows) > 1:
             distance["held-out pictures"] = self.judge.of_features(real[rows])
         retrieval = {
-            "generated": pooled_recall(self.dual, drawn, captions, pools),
-            "real": pooled_recall(self.dual, real[order], captions, pools),
+            "generated": pooled_recall(self.dual, drawn, keys, pools),
+            "real": pooled_recall(self.dual, real[order], keys, pools),
             "chance": {f"R@{k}": min(k / of, 1.0) for k in KS},
         }
         return distance, {name: {**found, "of": of} for name, found in retrieval.items()}
@@ -247,13 +248,27 @@ def caption_pools(captions: Captions, size: int, seed: int) -> list[np.ndarray]:
 
 
 @torch.no_grad()
+def embed_captions(dual: DualEncoder, texts: list[str], chunk: int = 64) -> Tensor:
+    """[N, D], of captions that may repeat."""
+    distinct, place = np.unique(texts, return_inverse=True)
+    starts = range(0, len(distinct), chunk)
+    embedded = [dual.embed_text(distinct[start : start + chunk].tolist()) for start in starts]
+    return torch.cat(embedded)[torch.from_numpy(place)]
+
+
+@torch.no_grad()
 def pooled_recall(
-    dual: DualEncoder, features: Tensor, captions: Captions, pools: list[np.ndarray]
+    dual: DualEncoder, features: Tensor, keys: Tensor, pools: list[np.ndarray]
 ) -> dict[str, float]:
-    """R@k of finding a picture's caption among those of its pool, the mean over the pools."""
-    found = []
-    for members in pools:
-        keys = dual.embed_text([captions.texts[i] for i in members])
-        query = dual.embed_images(features[members])
-        found.append(retrieval_recall(query, keys, torch.arange(len(members)), KS))
+    """R@k of finding a picture's caption among those of its pool, the mean over the pools.
+
+    Args:
+        dual: embeds the pictures.
+        features: [N, 1280], of the pictures.
+        keys: [N, D], the captions.
+        pools: numbers of pictures.
+    """
+    query, found = dual.embed_images(features), []
+    for pool in map(torch.from_numpy, pools):
+        found.append(retrieval_recall(query[pool], keys[pool], torch.arange(len(pool)), KS))
     return {f"R@{k}": float(np.mean([r[k] for r in found])) for k in KS}

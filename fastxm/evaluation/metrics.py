@@ -1,7 +1,7 @@
 """Frechet distance between sets of features, and recall of retrieval.
 
 FD = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
-tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i),  lambda the eigenvalues of C1^(1/2) C2 C1^(1/2)
+tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i),  lambda the eigenvalues of C2^(1/2) C1 C2^(1/2)
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ class FeatureStatistics:
         self.count = 0
         self.mean = torch.zeros(width, dtype=torch.float64)
         self.scatter = torch.zeros(width, width, dtype=torch.float64)  # about the mean
+        self._root: Tensor | None = None
 
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
@@ -46,7 +47,7 @@ class FeatureStatistics:
         self.scatter += centred.T @ centred
         self.scatter += torch.outer(gap, gap) * (self.count * len(batch) / total)
         self.mean += gap * (len(batch) / total)
-        self.count = total
+        self.count, self._root = total, None
         return self
 
     @property
@@ -56,6 +57,19 @@ class FeatureStatistics:
             raise ValueError(f"a covariance needs at least 2 rows, not {self.count}")
         return self.scatter / (self.count - 1)
 
+    @property
+    def root(self) -> Tensor:
+        """[D, D], the symmetric root of the covariance; kept until the next update."""
+        if self._root is None:
+            self._root = symmetric_root(self.covariance)
+        return self._root
+
+
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """The root of a positive semi-definite matrix [D, D]."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
     """Squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6).
@@ -64,17 +78,20 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
         mean1, mean2: [D].
         cov1, cov2: [D, D], positive semi-definite.
     """
-    mean1, cov1, mean2, cov2 = (t.double() for t in (mean1, cov1, mean2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
-    return max(distance.item(), 0.0)
+    root = symmetric_root(cov2.double())
+    return _distance(mean1.double(), cov1.double(), mean2.double(), root)
 
 
 def frechet(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Squared Frechet distance of two sets of features."""
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    """Squared Frechet distance of two sets of features; b's root is worked out once."""
+    return _distance(a.mean, a.covariance, b.mean, b.root)
+
+
+def _distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, root2: Tensor) -> float:
+    cross = torch.linalg.eigvalsh(root2 @ cov1 @ root2).clamp(min=0).sqrt().sum()
+    traces = cov1.trace() + root2.square().sum()  # tr C2 = |root2|^2
+    distance = (mean1 - mean2).square().sum() + traces - 2 * cross
+    return max(distance.item(), 0.0)
 
 
 def retrieval_recall(
