@@ -268,7 +268,9 @@ def pooled_recall(
         keys: [N, D], the captions.
         pools: numbers of pictures.
     """
-    query, found = dual.embed_images(features), []
-    for pool in map(torch.from_numpy, pools):
-        found.append(retrieval_recall(query[pool], keys[pool], torch.arange(len(pool)), KS))
+    query = dual.embed_images(features)
+    found = [
+        retrieval_recall(query[pool], keys[pool], torch.arange(len(pool)), KS)
+        for pool in map(torch.from_numpy, pools)
+    ]
     return {f"R@{k}": float(np.mean([r[k] for r in found])) for k in KS}
