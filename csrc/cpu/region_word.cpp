@@ -77,13 +77,14 @@ FASTXM_INLINE T pool_weights(const T* dots, const T* word_rnorm, const T* square
   return best;
 }
 
+// square [words]: the products of the rows of a and b, of n elements
 template <class T>
-FASTXM_INLINE T pool_words(const T* alpha, const T* h, const T* dots, const T* word_rnorm,
-                           T* square, std::int64_t words, std::int64_t R, T pool) {
+FASTXM_INLINE T pool_words(const T* a, const T* b, std::int64_t n, const T* dots,
+                           const T* word_rnorm, T* square, std::int64_t words, T pool) {
   for (std::int64_t j = 0; j < words; ++j) {
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (std::int64_t r = 0; r < R; ++r) sum += alpha[j * R + r] * h[j * R + r];
+    for (std::int64_t i = 0; i < n; ++i) sum += a[j * n + i] * b[j * n + i];
     square[j] = sum;
   }
   std::vector<T> weights(words);
@@ -153,7 +154,7 @@ FASTXM_INLINE void gradient_text(T* s, const T* alpha, T* h, const T* dots, cons
     T ddot = dm * word_rnorm[j] * rnorm;
     T dsquare = square[j] > kEps ? -dm * m * rnorm * rnorm / 2 : T(0);
     gradient_row(row, alpha + j * R, h + j * R, g_row, R, ddot, dsquare, sharp);
-    radial[j] -= dm * m * word_rnorm[j] * word_rnorm[j];
+    radial[j] = -dm * m * word_rnorm[j] * word_rnorm[j];
     if (word_softmax) continue;
 #pragma omp simd
     for (std::int64_t r = 0; r < R; ++r) row[r] += g_row[r];
@@ -168,9 +169,9 @@ FASTXM_INLINE void gradient_text(T* s, const T* alpha, T* h, const T* dots, cons
                                T sharp, bool word_softmax) {                                      \
     attend_text(s, alpha, dots, words, R, sharp, word_softmax);                                   \
   }                                                                                               \
-  FASTXM_MULTIARCH T pooled(const T* alpha, const T* h, const T* dots, const T* word_rnorm,       \
-                            T* square, std::int64_t words, std::int64_t R, T pool) {              \
-    return pool_words(alpha, h, dots, word_rnorm, square, words, R, pool);                        \
+  FASTXM_MULTIARCH T pooled(const T* a, const T* b, std::int64_t n, const T* dots,                \
+                            const T* word_rnorm, T* square, std::int64_t words, T pool) {         \
+    return pool_words(a, b, n, dots, word_rnorm, square, words, pool);                            \
   }                                                                                               \
   FASTXM_MULTIARCH void differentiate(T* s, const T* alpha, T* h, const T* dots,                  \
                                       const T* word_rnorm, const T* square, std::int64_t words,   \
@@ -183,78 +184,78 @@ FASTXM_INSTANCES(float)
 FASTXM_INSTANCES(double)
 #undef FASTXM_INSTANCES
 
-template <class T>
-void attention(const T* s, T* alpha, T* dots, const std::int64_t* starts, std::int64_t texts,
-               std::int64_t R, T sharp, bool word_softmax, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (std::int64_t t = 0; t < texts; ++t) {
-    std::int64_t k = starts[t];
-    attend(s + k * R, alpha + k * R, dots + k, starts[t + 1] - k, R, sharp, word_softmax);
-  }
+// texts of several pictures, whose blocks stand one after the other
+struct Extent {
+  const std::int64_t* starts;
+  std::int64_t texts, pictures, words;
+};
+
+// f(text, picture, the first of its words in the blocks [pictures, words], their number)
+template <class F>
+void for_each_text(const Extent& e, int threads, F f) {
+#pragma omp parallel for collapse(2) num_threads(threads)
+  for (std::int64_t p = 0; p < e.pictures; ++p)
+    for (std::int64_t t = 0; t < e.texts; ++t)
+      f(t, p, p * e.words + e.starts[t], e.starts[t + 1] - e.starts[t]);
 }
 
-template <class T>
-void pool(const T* alpha, const T* h, const T* dots, const T* word_rnorm, T* square,
-          const std::int64_t* starts, std::int64_t texts, std::int64_t R, T sharpness, T* scores,
-          std::int64_t stride, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (std::int64_t t = 0; t < texts; ++t) {
-    std::int64_t k = starts[t];
-    scores[t * stride] = pooled(alpha + k * R, h + k * R, dots + k, word_rnorm + k, square + k,
-                                starts[t + 1] - k, R, sharpness);
-  }
-}
-
-template <class T>
-void bwd(T* s, const T* alpha, T* h, const T* dots, const T* word_rnorm, const T* square,
-         const std::int64_t* starts, std::int64_t texts, std::int64_t R, T sharp, T pool,
-         bool word_softmax, const T* dscores, std::int64_t stride, T* radial, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (std::int64_t t = 0; t < texts; ++t) {
-    std::int64_t k = starts[t];
-    differentiate(s + k * R, alpha + k * R, h + k * R, dots + k, word_rnorm + k, square + k,
-                  starts[t + 1] - k, R, sharp, pool, word_softmax, dscores[t * stride], radial + k);
-  }
+Extent extent(std::uintptr_t starts, std::int64_t texts, std::int64_t pictures) {
+  const auto* at = pointer<const std::int64_t>(starts);
+  return {at, texts, pictures, at[texts]};
 }
 
 }  // namespace
 
 void region_word_attention_cpu(bool float64, std::uintptr_t s, std::uintptr_t alpha,
                                std::uintptr_t dots, std::uintptr_t starts, std::int64_t texts,
-                               std::int64_t regions, double sharp, bool word_softmax, int threads) {
+                               std::int64_t pictures, std::int64_t regions, double sharp,
+                               bool word_softmax, int threads) {
   auto run = [&](auto type) {
     using T = decltype(type);
-    attention(pointer<const T>(s), pointer<T>(alpha), pointer<T>(dots),
-              pointer<const std::int64_t>(starts), texts, regions, static_cast<T>(sharp),
-              word_softmax, threads);
+    for_each_text(extent(starts, texts, pictures), threads,
+                  [&](std::int64_t, std::int64_t, std::int64_t k, std::int64_t n) {
+                    attend(pointer<const T>(s) + k * regions, pointer<T>(alpha) + k * regions,
+                           pointer<T>(dots) + k, n, regions, static_cast<T>(sharp), word_softmax);
+                  });
   };
   float64 ? run(double()) : run(float());
 }
 
-void region_word_pool_cpu(bool float64, std::uintptr_t alpha, std::uintptr_t h, std::uintptr_t dots,
-                          std::uintptr_t word_rnorm, std::uintptr_t square, std::uintptr_t starts,
-                          std::int64_t texts, std::int64_t regions, double sharpness,
-                          std::uintptr_t scores, std::int64_t stride, int threads) {
+void region_word_pool_cpu(bool float64, std::uintptr_t a, std::uintptr_t b, std::int64_t n,
+                          std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
+                          std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,
+                          double sharpness, std::uintptr_t scores, std::int64_t stride,
+                          int threads) {
   auto run = [&](auto type) {
     using T = decltype(type);
-    pool(pointer<const T>(alpha), pointer<const T>(h), pointer<const T>(dots),
-         pointer<const T>(word_rnorm), pointer<T>(square), pointer<const std::int64_t>(starts),
-         texts, regions, static_cast<T>(sharpness), pointer<T>(scores), stride, threads);
+    Extent e = extent(starts, texts, pictures);
+    for_each_text(e, threads, [&](std::int64_t t, std::int64_t p, std::int64_t k, std::int64_t m) {
+      pointer<T>(scores)[t * stride + p] =
+          pooled(pointer<const T>(a) + k * n, pointer<const T>(b) + k * n, n,
+                 pointer<const T>(dots) + k, pointer<const T>(word_rnorm) + e.starts[t],
+                 pointer<T>(square) + k, m, static_cast<T>(sharpness));
+    });
   };
   float64 ? run(double()) : run(float());
 }
 
 void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t alpha, std::uintptr_t h,
                          std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
-                         std::uintptr_t starts, std::int64_t texts, std::int64_t regions,
-                         double sharp, double pool, bool word_softmax, std::uintptr_t dscores,
-                         std::int64_t stride, std::uintptr_t radial, int threads) {
+                         std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,
+                         std::int64_t regions, double sharp, double pool, bool word_softmax,
+                         std::uintptr_t dscores, std::int64_t stride, std::uintptr_t radial,
+                         int threads) {
   auto run = [&](auto type) {
     using T = decltype(type);
-    bwd(pointer<T>(s), pointer<const T>(alpha), pointer<T>(h), pointer<const T>(dots),
-        pointer<const T>(word_rnorm), pointer<const T>(square), pointer<const std::int64_t>(starts),
-        texts, regions, static_cast<T>(sharp), static_cast<T>(pool), word_softmax,
-        pointer<const T>(dscores), stride, pointer<T>(radial), threads);
+    Extent e = extent(starts, texts, pictures);
+    for_each_text(e, threads, [&](std::int64_t t, std::int64_t p, std::int64_t k, std::int64_t n) {
+      std::int64_t at = k * regions;
+      differentiate(pointer<T>(s) + at, pointer<const T>(alpha) + at, pointer<T>(h) + at,
+                    pointer<const T>(dots) + k, pointer<const T>(word_rnorm) + e.starts[t],
+                    pointer<const T>(square) + k, n, regions, static_cast<T>(sharp),
+                    static_cast<T>(pool), word_softmax, pointer<const T>(dscores)[t * stride + p],
+                    pointer<T>(radial) + k);
+    });
   };
   float64 ? run(double()) : run(float());
 }

@@ -1,4 +1,4 @@
-"""Which backend runs an op, and the two things every room shares: the device table and the vjp.
+"""Which backend runs an op, and what every room shares: checks, dtypes, and the vjp.
 
 reference   the formula, in plain PyTorch: any device, any dtype, any order of derivative
 cpu         vendor GEMM and the C++ kernels of fastxm._C
@@ -17,8 +17,7 @@ from torch import Tensor
 from fastxm import _C
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-# the forced backends, the innermost last; of the whole process, since autograd runs the backward of
-# CUDA tensors in threads of its own
+# innermost last; of the whole process, for autograd has threads of its own for CUDA tensors
 forced: list[str] = []
 # op -> the backend that it ran on last, for `fastxm doctor`
 last: dict[str, str] = {}
@@ -121,6 +120,12 @@ def vjp(
     outs, cots = zip(*pairs)
     found = iter(torch.autograd.grad(outs, wanted, cots, create_graph=True, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def one_device(op: str, *tensors: Tensor | None) -> None:
+    """Raises TypeError where an op's tensors are of several devices."""
+    if len(names := {str(t.device): None for t in tensors if t is not None}) > 1:
+        raise TypeError(f"{op} needs its tensors on one device, not on {' and '.join(names)}")
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:

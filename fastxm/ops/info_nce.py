@@ -85,6 +85,7 @@ def _across_ranks(x, y, scale, labels, symmetric, smoothing, group) -> tuple[Ten
 
 
 def _check(x, y, labels, square, smoothing, offset, reduction) -> None:
+    dispatch.one_device("info_nce", x, y, labels)
     N, M = len(x), len(y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"info_nce needs x [N, D] and y [M, D], not {x.shape} and {y.shape}")

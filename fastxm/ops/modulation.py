@@ -76,9 +76,10 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, norm: str, activation: str) -
     if norm not in AXES or activation not in ("none", "relu"):
         raise ValueError(f"norm is one of {', '.join(AXES)} and activation relu or none, "
                          f"not {norm!r} and {activation!r}")  # fmt: skip
-    if not all(t.is_floating_point() and t.device == x.device for t in (x, gamma, beta)):
-        raise TypeError("modulation needs floating tensors of one device, not "
-                        f"{[(t.dtype, str(t.device)) for t in (x, gamma, beta)]}")  # fmt: skip
+    dispatch.one_device("modulation", x, gamma, beta)
+    if not all(t.is_floating_point() for t in (x, gamma, beta)):
+        raise TypeError("modulation needs floating tensors, not "
+                        f"{[t.dtype for t in (x, gamma, beta)]}")  # fmt: skip
     fits = x.ndim == gamma.ndim == 4 and gamma.shape == beta.shape and x.shape[:2] == beta.shape[:2]
     if fits:
         (H, W), (h, w) = x.shape[2:], gamma.shape[2:]

@@ -8,11 +8,14 @@ For text t, word j < lengths[t], picture i, region r (rows L2-normalised unless 
     S[t, i] = log sum_j exp(pool m[j]) / pool
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
 from fastxm.ops import region_word_blocks as blocks
+from fastxm.ops import region_word_reference as reference
 
 
 def region_word_scores(
@@ -44,6 +47,7 @@ def region_word_scores(
 
     Source: Zhang et al. 2021 (XMC-GAN), sec. 3; Xu et al. 2018 (AttnGAN), eqs. 7-10.
     """
+    dispatch.one_device("region_word_scores", regions, words, lengths)
     if regions.ndim != 3 or words.ndim != 3 or regions.shape[2] != words.shape[2]:
         raise ValueError(
             f"region_word_scores needs regions [B_image, R, D] and words [B_text, T, D], "
@@ -57,19 +61,25 @@ def region_word_scores(
         )
     if regions.shape[1] == 0 or words.shape[1] == 0:
         raise ValueError("region_word_scores needs at least one region and one word")
-    words = words.masked_fill(~blocks.valid_words(words, lengths)[..., None], 0)
+    words = words.masked_fill(~reference.valid_words(words, lengths)[..., None], 0)
     if not word_softmax:
-        regions, words = dispatch.unit_rows(regions), dispatch.unit_rows(words)
+        words = dispatch.unit_rows(words)
     options = (float(attention_sharpness), float(pooling_sharpness), word_softmax)
-    return _fwd(regions, words, lengths, *options)
+    return _fwd(regions, words, lengths, *options)[0]
+
+
+def _backend(words: Tensor) -> Any:
+    auto = "cpu" if words.device.type == "cpu" else "reference"
+    name = dispatch.choose("region_word", words.device, auto, ("reference", "cpu"))
+    return blocks if name == "cpu" else reference
 
 
 @torch.library.custom_op("fastxm::region_word_fwd", mutates_args=())
 def _fwd(
     regions: Tensor, words: Tensor, lengths: Tensor, sharp: float, pool: float, word_softmax: bool
-) -> Tensor:
-    run = blocks.fwd if blocks.backend(words) == "cpu" else blocks.formula
-    return run(regions, words, lengths, sharp, pool, word_softmax)
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(words.device.type, enabled=False):  # regions may stay in half precision
+        return _backend(words).fwd(regions, words, lengths, sharp, pool, word_softmax)
 
 
 @torch.library.custom_op("fastxm::region_word_bwd", mutates_args=())
@@ -78,18 +88,22 @@ def _bwd(
     regions: Tensor,
     words: Tensor,
     lengths: Tensor,
+    kept: Tensor,
     sharp: float,
     pool: float,
     word_softmax: bool,
+    of_words: bool,
 ) -> tuple[Tensor, Tensor]:
-    run = blocks.bwd if blocks.backend(words) == "cpu" else blocks.formula_bwd
-    return run(dscores, regions, words, lengths, sharp, pool, word_softmax)
+    options = (sharp, pool, word_softmax, of_words)
+    with torch.autocast(words.device.type, enabled=False):
+        return _backend(words).bwd(dscores, regions, words, lengths, kept, *options)
 
 
 @_fwd.register_fake
 def _(regions, words, lengths, *_):
-    dtype = torch.promote_types(torch.promote_types(words.dtype, regions.dtype), torch.float32)
-    return words.new_empty(len(words), len(regions), dtype=dtype)
+    dtype = dispatch.wide_dtype(regions, words)
+    shapes = ((len(words), len(regions)), _backend(words).kept_shape(regions, words))
+    return tuple(words.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 @_bwd.register_fake
@@ -99,18 +113,17 @@ def _(dscores, regions, words, *_):
 
 def _save(ctx, inputs, output):
     regions, words, lengths, *ctx.options = inputs
-    ctx.save_for_backward(regions, words, lengths)
+    ctx.save_for_backward(regions, words, lengths, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, dscores):
-    regions, words, lengths = ctx.saved_tensors
+def _backward(ctx, dscores, _):
+    saved = ctx.saved_tensors
     if torch.is_grad_enabled():
-        grads = blocks.formula_vjp(dscores, regions, words, lengths, *ctx.options)
+        grads = reference.differentiable_bwd(dscores, *saved[:3], *ctx.options)
     else:
-        grads = _bwd(dscores, regions, words, lengths, *ctx.options)
+        grads = _bwd(dscores, *saved, *ctx.options, ctx.needs_input_grad[1])
     return (*grads, None, None, None, None)
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
-for _device in ("cpu", "cuda"):
-    _fwd.register_autocast(_device, torch.float32)

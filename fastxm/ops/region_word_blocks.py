@@ -1,150 +1,149 @@
-"""The two ways to region-word scores, a picture at a time: plain PyTorch, and C++ epilogues."""
+"""Region-word scores some pictures at a time: vendor GEMM and the C++ epilogues of fastxm._C.
+
+What is kept of a picture are [K, R] blocks over the K words of all texts. With the rows r of a
+picture, s = w rᵀ, alpha = softmax(s) and the contexts c = alpha r:
+
+    <w, c> = sum_r alpha s        |c|^2 = sum_r alpha h,    h = c rᵀ = alpha (r rᵀ)
+"""
 
 import torch
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops.dispatch import choose, threads, unit_rows, vjp, wide
+from fastxm.ops.dispatch import threads, wide_dtype
+from fastxm.ops.region_word_reference import EPS, valid_words
 
-EPS = 1e-12  # least squared norm, as in unit_rows
-
-
-def backend(words: Tensor) -> str:
-    auto = "cpu" if words.device.type == "cpu" else "reference"
-    return choose("region_word", words.device, auto, ("reference", "cpu"))
+BLOCK = 8 << 20  # bytes that s, alpha and h may take together: they are to stay in the cache
+KEPT = 64 << 20  # bytes of s and the contexts (or h) that the forward keeps for the backward
 
 
-def valid_words(words: Tensor, lengths: Tensor) -> Tensor:
-    return torch.arange(words.shape[1], device=words.device) < lengths[:, None]  # [B_text, T]
+def gram(regions: Tensor, words: Tensor) -> bool:
+    """Whether |c|^2 comes from r rᵀ: cheaper with many words; but of few regions c may be
+    much shorter than they are, and alpha (r rᵀ) would lose its digits."""
+    (R, D), K = regions.shape[1:], words.shape[0] * words.shape[1]
+    return R > 32 and R * (D + K) < K * D
 
 
-def _attention(regions, words, valid, sharp, word_softmax) -> tuple[Tensor, Tensor]:
-    """Softmax over words (or the dot products) and over regions, both [B_text, T, R]."""
-    s = words @ regions.T
-    if word_softmax:
-        # finite, so that a text without words has no NaN; its words are masked again in the pooling
-        s = s.masked_fill(~valid[..., None], torch.finfo(s.dtype).min).softmax(1)
-    return s, (sharp * s).softmax(2)
+def kept_shape(regions: Tensor, words: Tensor) -> tuple[int, ...]:
+    """The shape of what the forward keeps: all of s and the contexts (or h), or nothing."""
+    (P, R, D), K = regions.shape, words.shape[0] * words.shape[1]
+    width = R + (R if gram(regions, words) else D)
+    few = regions.device.type == "cpu" and P * K * width * 4 <= KEPT
+    return (P, K, width) if few else (0, 0, 0)
 
 
-def formula(regions, words, lengths, sharp, pool, word_softmax) -> Tensor:
-    regions, words = wide(regions, words)
-    valid, unit = valid_words(words, lengths), unit_rows(words)
-    columns = []
-    for picture in regions:
-        _, alpha = _attention(picture, words, valid, sharp, word_softmax)
-        cosine = (unit * unit_rows(alpha @ picture)).sum(2)  # [B_text, T]
-        columns.append((pool * cosine).masked_fill(~valid, -torch.inf).logsumexp(1) / pool)
-    return torch.stack(columns, 1) if columns else words.new_empty(len(words), 0)
-
-
-def formula_bwd(
-    dscores, regions, words, lengths, sharp, pool, word_softmax
-) -> tuple[Tensor, Tensor]:
-    wide_regions, wide_words = wide(regions, words)
-    valid, unit = valid_words(words, lengths), unit_rows(words)
-    rnorm = wide_words.square().sum(2, True).clamp_min(EPS).rsqrt()
-    dregions, dwords = torch.empty_like(wide_regions), torch.zeros_like(wide_words)
-    for i, picture in enumerate(wide_regions):
-        beta, alpha = _attention(picture, wide_words, valid, sharp, word_softmax)
-        context = alpha @ picture
-        context_rnorm = context.square().sum(2, True).clamp_min(EPS).rsqrt()
-        direction = context * context_rnorm
-        cosine = (unit * direction).sum(2, True)
-        weight = (pool * cosine).masked_fill(~valid[..., None], -torch.inf).softmax(1)
-        dcosine = dscores[:, i, None, None] * weight.masked_fill(~valid[..., None], 0)
-        dwords += dcosine * rnorm * (direction - cosine * unit)
-        dcontext = dcosine * context_rnorm * (unit - cosine * direction)
-        dalpha = dcontext @ picture.T
-        ds = sharp * alpha * (dalpha - (alpha * dalpha).sum(2, True))
-        if word_softmax:
-            ds = beta * (ds - (beta * ds).sum(1, True))
-        dwords += ds @ picture
-        dregions[i] = (ds.transpose(1, 2) @ wide_words + alpha.transpose(1, 2) @ dcontext).sum(0)
-    return dregions.to(regions.dtype), dwords.to(words.dtype)
-
-
-def formula_vjp(dscores, regions, words, lengths, *options) -> list[Tensor | None]:
-    """The gradients as the formula's own, which can be differentiated again."""
-    return vjp(lambda r, w: formula(r, w, lengths, *options), (regions, words), (dscores,))
-
-
-class _Pictures:
-    """The words of all texts, packed, and the [K, R] blocks that they make with one picture."""
+class _Words:
+    """The words of all texts, packed, and the options."""
 
     def __init__(self, regions, words, lengths, sharp, pool, word_softmax):
-        self.valid = valid_words(words, lengths)
-        self.words = words[self.valid]  # [K, D]
+        self.gram = gram(regions, words)
+        self.valid, self.texts = valid_words(words, lengths), len(words)
+        self.packed = words[self.valid]  # [K, D]
         self.starts = torch.nn.functional.pad(self.valid.sum(1).cumsum(0), (1, 0))
-        self.rnorm = self.words.square().sum(1).clamp_min(EPS).rsqrt()
-        K, R = len(self.words), regions.shape[1]
-        self.s, self.alpha, self.h = self.words.new_empty(3, K, R).unbind()
-        self.dots, self.square = self.words.new_empty(2, K).unbind()
-        # h is alpha (r rᵀ) or (alpha r) rᵀ, the cheaper one; but of few regions the context may be
-        # much shorter than they are, and alpha (r rᵀ) would lose its digits
-        self.gram = 32 < regions.shape[1] <= regions.shape[2]
-        self.inner = regions.new_empty(R, R) if self.gram else torch.empty_like(self.words)
+        self.rnorm = self.packed.square().sum(1).clamp_min(EPS).rsqrt()
         self.sharp, self.pool, self.word_softmax = sharp, pool, word_softmax
-        self.sizes = (self.starts.data_ptr(), len(words), R)
         self.float64 = words.dtype == torch.float64
 
-    def forward(self, picture: Tensor, scores: Tensor) -> None:
-        """Writes scores [B_text], a column of the result, and the blocks s, alpha, h."""
-        torch.mm(self.words, picture.T, out=self.s)
+    def blocks(self, regions: Tensor) -> list[slice]:
+        """The pictures in groups whose blocks fit the cache."""
+        each = 3 * len(self.packed) * regions.shape[1] * self.packed.element_size()
+        n = max(1, BLOCK // max(1, each))
+        return [slice(i, min(i + n, len(regions))) for i in range(0, len(regions), n)]
+
+
+class _Block:
+    """Regions [P, R, D] of some pictures, of any dtype, and what the words make of them."""
+
+    def __init__(self, words: _Words, regions: Tensor):
+        (P, R, D), K = regions.shape, len(words.packed)
+        new = words.packed.new_empty
+        self.words, self.every_words = words, words.packed.expand(P, K, D)
+        self.picture = new(P, R, D).copy_(regions)
+        if not words.word_softmax:
+            self.norm = torch.linalg.vector_norm(self.picture, dim=2, keepdim=True)
+            self.picture.div_(self.norm.clamp_min_(EPS**0.5))
+        self.s, self.alpha, self.h = new(P, K, R), new(P, K, R), new(P, K, R)
+        self.dots, self.square, self.radial = new(P, K), new(P, K), new(P, K)
+        self.inner = new(P, R, R) if words.gram else new(P, K, D)  # r rᵀ, or the contexts
+        self.product = self.h if words.gram else self.inner
+        self.sizes = (words.starts.data_ptr(), words.texts, P)
+
+    def forward(self, scores: Tensor, kept: Tensor | None = None) -> None:
+        """Writes scores [B_text, P] and the blocks; takes products that an earlier one kept."""
+        words, (K, R) = self.words, self.s.shape[1:]
+        if kept is None:
+            torch.bmm(self.every_words, self.picture.mT, out=self.s)
+        else:
+            self.s.copy_(kept[:, :K, :R])
         _C.region_word_attention_cpu(
-            *(self.float64, self.s.data_ptr(), self.alpha.data_ptr(), self.dots.data_ptr()),
-            *(*self.sizes, self.sharp, self.word_softmax, threads()),
+            *(words.float64, self.s.data_ptr(), self.alpha.data_ptr(), self.dots.data_ptr()),
+            *(*self.sizes, R, words.sharp, words.word_softmax, threads()),
         )
-        if self.gram:
-            torch.mm(picture, picture.T, out=self.inner)
-            torch.mm(self.alpha, self.inner, out=self.h)
+        if kept is not None:
+            self.product.copy_(kept[:, :K, R:])
+        elif words.gram:
+            torch.bmm(self.picture, self.picture.mT, out=self.inner)
+            torch.bmm(self.alpha, self.inner, out=self.h)
         else:
-            torch.mm(self.alpha, picture, out=self.inner)
-            torch.mm(self.inner, picture.T, out=self.h)
+            torch.bmm(self.alpha, self.picture, out=self.inner)
+        a = self.alpha if words.gram else self.inner
         _C.region_word_pool_cpu(
-            *(self.float64, self.alpha.data_ptr(), self.h.data_ptr(), self.dots.data_ptr()),
-            *(self.rnorm.data_ptr(), self.square.data_ptr(), *self.sizes, self.pool),
-            *(scores.data_ptr(), scores.stride(0), threads()),
+            *(words.float64, a.data_ptr(), self.product.data_ptr(), a.shape[2]),
+            *(self.dots.data_ptr(), words.rnorm.data_ptr(), self.square.data_ptr(), *self.sizes),
+            *(words.pool, scores.data_ptr(), scores.stride(0), threads()),
         )
 
-    def add_through_norm(self, picture: Tensor, dpicture: Tensor) -> None:
-        """Adds to dpicture what h, as `backward` left it, gives: d|c|^2 with c = alpha r."""
-        if self.gram:
-            torch.mm(self.alpha.T, self.h, out=self.inner)
-            dpicture.addmm_(self.inner, picture, alpha=2)
+    def backward(self, dscores: Tensor) -> Tensor:
+        """Turns s into ds, writes radial [P, K], and returns the gradient of the regions."""
+        words, R = self.words, self.s.shape[2]
+        if not words.gram:
+            torch.bmm(self.inner, self.picture.mT, out=self.h)
+        _C.region_word_bwd_cpu(  # h becomes alpha d|c|^2
+            *(words.float64, self.s.data_ptr(), self.alpha.data_ptr(), self.h.data_ptr()),
+            *(self.dots.data_ptr(), words.rnorm.data_ptr(), self.square.data_ptr(), *self.sizes),
+            *(R, words.sharp, words.pool, words.word_softmax, dscores.data_ptr()),
+            *(dscores.stride(0), self.radial.data_ptr(), threads()),
+        )
+        grad = torch.bmm(self.s.mT, self.every_words)
+        if words.gram:
+            torch.bmm(self.alpha.mT, self.h, out=self.inner)
+            grad.baddbmm_(self.inner, self.picture, alpha=2)
         else:
-            dpicture.addmm_(self.h.T, self.inner, alpha=2)
-
-    def backward(self, dscores: Tensor, radial: Tensor) -> None:
-        """Turns s into ds and h into alpha d|c|^2; adds to radial [K]."""
-        _C.region_word_bwd_cpu(
-            *(self.float64, self.s.data_ptr(), self.alpha.data_ptr(), self.h.data_ptr()),
-            *(self.dots.data_ptr(), self.rnorm.data_ptr(), self.square.data_ptr(), *self.sizes),
-            *(self.sharp, self.pool, self.word_softmax, dscores.data_ptr(), dscores.stride(0)),
-            *(radial.data_ptr(), threads()),
-        )
+            grad.baddbmm_(self.h.mT, self.inner, alpha=2)
+        if not words.word_softmax:  # orthogonal to the rows, but where a norm was too small to use
+            along = torch.linalg.vecdot(grad, self.picture)[..., None]
+            along.masked_fill_(self.norm <= EPS**0.5, 0)
+            grad.addcmul_(along, self.picture, value=-1).div_(self.norm)
+        return grad
 
 
-def fwd(regions, words, lengths, *options) -> Tensor:
-    regions, words = wide(regions, words)
-    blocks = _Pictures(regions, words, lengths, *options)
-    scores = words.new_empty(len(words), len(regions))
-    for i, picture in enumerate(regions):
-        blocks.forward(picture, scores[:, i])
-    return scores
+def fwd(regions, words, lengths, *options) -> tuple[Tensor, Tensor]:
+    dtype = wide_dtype(regions, words)
+    packed = _Words(regions, words.to(dtype), lengths, *options)
+    scores = words.new_empty(len(words), len(regions), dtype=dtype)
+    kept = words.new_zeros(kept_shape(regions, words), dtype=dtype)
+    for some in packed.blocks(regions):
+        block = _Block(packed, regions[some])
+        block.forward(scores[:, some])
+        if len(kept):
+            kept[some, : len(packed.packed)] = torch.cat([block.s, block.product], 2)
+    return scores, kept
 
 
-def bwd(dscores, regions, words, lengths, *options) -> tuple[Tensor, Tensor]:
-    wide_regions, wide_words = wide(regions, words)
-    blocks = _Pictures(wide_regions, wide_words, lengths, *options)
-    radial, dpacked = torch.zeros_like(blocks.rnorm), torch.zeros_like(blocks.words)
-    dregions, scores = torch.empty_like(wide_regions), dscores.new_empty(len(words))
-    for i, picture in enumerate(wide_regions):
-        blocks.forward(picture, scores)
-        blocks.backward(dscores[:, i], radial)
-        dpacked.addmm_(blocks.s, picture)
-        torch.mm(blocks.s.T, blocks.words, out=dregions[i])
-        blocks.add_through_norm(picture, dregions[i])
-    dwords = torch.zeros_like(wide_words)
-    dwords[blocks.valid] = dpacked.addcmul_(radial[:, None], blocks.words)
-    return dregions.to(regions.dtype), dwords.to(words.dtype)
+def bwd(
+    dscores, regions, words, lengths, kept, sharp, pool, word_softmax, of_words
+) -> tuple[Tensor, Tensor]:
+    dscores = dscores.contiguous()
+    packed = _Words(regions, words.to(dscores.dtype), lengths, sharp, pool, word_softmax)
+    dpacked, dregions = torch.zeros_like(packed.packed), torch.empty_like(regions)
+    for some in packed.blocks(regions):
+        block = _Block(packed, regions[some])
+        block.forward(torch.empty_like(dscores)[:, some], kept[some] if len(kept) else None)
+        dregions[some] = block.backward(dscores[:, some])
+        if of_words:
+            dpacked.addcmul_(block.radial.sum(0)[:, None], packed.packed)
+            for ds, picture in zip(block.s, block.picture):
+                dpacked.addmm_(ds, picture)
+    dwords = torch.zeros_like(words)
+    dwords[packed.valid] = dpacked.to(words.dtype)
+    return dregions, dwords

@@ -31,6 +31,7 @@ def word_attention(
     Raises:
         ValueError: shapes that do not fit.
     """
+    dispatch.one_device("word_attention", query, words, lengths)
     shapes = [list(t.shape) for t in (query, words, lengths)]
     if query.ndim != 4 or words.ndim != 3 or words.shape[::2] != query.shape[:2]:
         raise ValueError(f"attention needs query [B, E, h, w] and words [B, T, E], not {shapes}")
@@ -78,6 +79,7 @@ def word_modulation(
     Raises:
         ValueError: shapes that do not fit.
     """
+    dispatch.one_device("word_modulation", query, words, word_gamma_beta, global_gamma_beta)
     table, everywhere = word_gamma_beta, global_gamma_beta
     fits = table.ndim == 3 and table.shape[:2] == words.shape[:2] and table.shape[2] % 2 == 0
     if not fits or everywhere.shape != (table.shape[0], table.shape[2]):
@@ -94,4 +96,4 @@ def word_modulation(
 
 
 def _inverse_norm(x: Tensor, dim: int) -> Tensor:
-    return x.square().sum(dim, keepdim=True).clamp_min(1e-12).rsqrt()
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(1e-6).reciprocal()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from check import gradient, no_worse
 
-from fastxm.ops import backend, region_word_scores
+from fastxm.ops import backend, region_word_blocks, region_word_scores
 from fastxm.ops.region_word import _fwd
 
 SHAPES = [  # B_image, R, D, B_text, T
@@ -14,6 +14,7 @@ SHAPES = [  # B_image, R, D, B_text, T
     (2, 70, 8, 6, 3),
     (5, 17, 33, 4, 9),
     (4, 64, 64, 3, 17),
+    (2, 40, 200, 24, 9),  # many words: |c|^2 by way of r rᵀ
 ]
 FORMS = [
     {},
@@ -133,6 +134,24 @@ def test_invariances(form, device):
     pooled = (5 * cosine[:, :, : int(lengths.min())]).logsumexp(2) / 5
     first = torch.full_like(lengths, int(lengths.min()))
     torch.testing.assert_close(region_word_scores(one, words, first), pooled)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[-1]], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_pictures_by_turns(shape, form, monkeypatch):
+    regions, words, lengths = inputs(*shape, "cpu", torch.float64)
+    leaves = (regions.requires_grad_(), words.requires_grad_())
+    whole = region_word_scores(regions, words, lengths, **form)
+    wanted = torch.autograd.grad(whole.sin().sum(), leaves)
+    monkeypatch.setattr(region_word_blocks, "BLOCK", 1)  # one picture at a time
+    scores = region_word_scores(regions, words, lengths, **form)
+    torch.testing.assert_close(scores, whole)
+    torch.testing.assert_close(torch.autograd.grad(scores.sin().sum(), leaves), wanted)
+    # the words' gradient is made only where it is wanted
+    (alone,) = torch.autograd.grad(
+        region_word_scores(regions, words.detach(), lengths, **form).sin().sum(), regions
+    )
+    torch.testing.assert_close(alone, wanted[0])
 
 
 def test_extreme_sharpness(device):

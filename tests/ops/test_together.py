@@ -1,5 +1,6 @@
-"""All four ops in one compiled loss: one graph, the numbers and gradients of eager code."""
+"""All ops in one compiled loss: one graph, the numbers and gradients of eager code."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,3 +28,24 @@ def test_one_graph(device):
     torch.testing.assert_close(found, expected)
     wanted = torch.autograd.grad(expected, leaves)
     torch.testing.assert_close(torch.autograd.grad(found, leaves), wanted)
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        (info_nce, [(3, 4), (3, 4)]),
+        (mmd2, [(3, 4), (3, 4)]),
+        (modulation, [(2, 3, 4, 4), (2, 3, 2, 2), (2, 3, 2, 2)]),
+        (region_word_scores, [(2, 3, 4), (2, 5, 4), (2,)]),
+        (word_modulation, [(2, 4, 2, 2), (2, 5, 4), (2,), (2, 5, 6), (2, 6)]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_tensors_of_several_devices(op, shapes):
+    tensors = [
+        torch.zeros(shape, dtype=torch.long if len(shape) == 1 else None) for shape in shapes
+    ]
+    for i, tensor in enumerate(tensors):
+        mixed = [*tensors[:i], tensor.to("meta"), *tensors[i + 1 :]]
+        with pytest.raises(TypeError, match=r"one device, not on (cpu and meta|meta and cpu)"):
+            op(*mixed) if op is not info_nce else op(*mixed, 1.0)

@@ -1,0 +1,83 @@
+"""Region-word scores in plain PyTorch, a picture at a time, and their gradients."""
+
+import torch
+from torch import Tensor
+
+from fastxm.ops.dispatch import unit_rows, vjp, wide
+
+EPS = 1e-12  # least squared norm, as in unit_rows
+
+
+def valid_words(words: Tensor, lengths: Tensor) -> Tensor:
+    return torch.arange(words.shape[1], device=words.device) < lengths[:, None]  # [B_text, T]
+
+
+def unit_rows_bwd(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from that of unit_rows(x)."""
+    square = x.square().sum(-1, True)
+    rnorm = square.clamp_min(EPS).rsqrt()
+    along = (grad * x).sum(-1, True) * rnorm.square()
+    return rnorm * torch.where(square > EPS, grad - along * x, grad)
+
+
+def _attention(regions, words, valid, sharp, word_softmax) -> tuple[Tensor, Tensor]:
+    """Softmax over words (or the dot products) and over regions, both [B_text, T, R]."""
+    s = words @ regions.T
+    if word_softmax:
+        # finite, so that a text without words has no NaN; its words are masked again in the pooling
+        s = s.masked_fill(~valid[..., None], torch.finfo(s.dtype).min).softmax(1)
+    return s, (sharp * s).softmax(2)
+
+
+def kept_shape(_regions: Tensor, _words: Tensor) -> tuple[int, ...]:
+    return (0, 0, 0)
+
+
+def fwd(regions, words, lengths, *options) -> tuple[Tensor, Tensor]:
+    """The scores, and nothing kept for the backward."""
+    scores = formula(regions, words, lengths, *options)
+    return scores, scores.new_empty(kept_shape(regions, words))
+
+
+def formula(regions, words, lengths, sharp, pool, word_softmax) -> Tensor:
+    regions, words = wide(regions, words)
+    valid, unit = valid_words(words, lengths), unit_rows(words)
+    columns = []
+    for picture in regions if word_softmax else unit_rows(regions):
+        _, alpha = _attention(picture, words, valid, sharp, word_softmax)
+        cosine = (unit * unit_rows(alpha @ picture)).sum(2)  # [B_text, T]
+        columns.append((pool * cosine).masked_fill(~valid, -torch.inf).logsumexp(1) / pool)
+    return torch.stack(columns, 1) if columns else words.new_empty(len(words), 0)
+
+
+def bwd(
+    dscores, regions, words, lengths, _kept, sharp, pool, word_softmax, _of_words
+) -> tuple[Tensor, Tensor]:
+    wide_regions, wide_words = wide(regions, words)
+    valid, unit = valid_words(words, lengths), unit_rows(words)
+    rnorm = wide_words.square().sum(2, True).clamp_min(EPS).rsqrt()
+    dregions, dwords = torch.empty_like(wide_regions), torch.zeros_like(wide_words)
+    for i, raw in enumerate(wide_regions):
+        picture = raw if word_softmax else unit_rows(raw)
+        beta, alpha = _attention(picture, wide_words, valid, sharp, word_softmax)
+        context = alpha @ picture
+        context_rnorm = context.square().sum(2, True).clamp_min(EPS).rsqrt()
+        direction = context * context_rnorm
+        cosine = (unit * direction).sum(2, True)
+        weight = (pool * cosine).masked_fill(~valid[..., None], -torch.inf).softmax(1)
+        dcosine = dscores[:, i, None, None] * weight.masked_fill(~valid[..., None], 0)
+        dwords += dcosine * rnorm * (direction - cosine * unit)
+        dcontext = dcosine * context_rnorm * (unit - cosine * direction)
+        dalpha = dcontext @ picture.T
+        ds = sharp * alpha * (dalpha - (alpha * dalpha).sum(2, True))
+        if word_softmax:
+            ds = beta * (ds - (beta * ds).sum(1, True))
+        dwords += ds @ picture
+        grad = (ds.transpose(1, 2) @ wide_words + alpha.transpose(1, 2) @ dcontext).sum(0)
+        dregions[i] = grad if word_softmax else unit_rows_bwd(grad, raw)
+    return dregions.to(regions.dtype), dwords.to(words.dtype)
+
+
+def differentiable_bwd(dscores, regions, words, lengths, *options) -> list[Tensor | None]:
+    """The gradients as the formula's own, which can be differentiated again."""
+    return vjp(lambda r, w: formula(r, w, lengths, *options), (regions, words), (dscores,))
