@@ -2,6 +2,11 @@
 // The front doors in fastxm/ops check and allocate; nothing here knows of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#include <limits>
 
 #include "cpu/info_nce.h"
 #include "cpu/mmd.h"
@@ -30,11 +35,22 @@ py::dict build_info() {
   return info;
 }
 
+bool keep_freed_memory() {
+#ifdef __GLIBC__
+  return mallopt(M_MMAP_THRESHOLD, 1 << 30) == 1 &&
+         mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max()) == 1;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastxm.";
   m.def("build_info", &build_info, "What was built and the instruction set used on this machine.");
+  m.def("keep_freed_memory", &keep_freed_memory,
+        "Lets the process keep the memory that it frees; false where malloc is not glibc's.");
   m.def("info_nce_fwd_cpu", &fastxm::info_nce_fwd_cpu, release());
   m.def("info_nce_bwd_cpu", &fastxm::info_nce_bwd_cpu, release());
   m.def("mmd_cpu", &fastxm::mmd_cpu, release());

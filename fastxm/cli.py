@@ -27,14 +27,10 @@ if TYPE_CHECKING:
 
 DEFAULT_PRESET = "emoji-64"
 DEMO_CAPTIONS = [
-    "a red apple",
-    "a green frog",
-    "a yellow smiling face",
-    "a blue heart",
-    "a slice of pizza",
-    "a brown dog",
-    "a house with a garden",
-    "the flag of France",
+    *("red apple in twemoji style", "red apple in openmoji style"),
+    *("blue heart in twemoji style", "smiling face in openmoji style"),
+    *("frog in twemoji style", "woman with red hair in openmoji style"),
+    *("the flag of France in twemoji style", "house with garden in openmoji style"),
 ]
 
 
@@ -316,8 +312,10 @@ def load(path: Path, device: str) -> "XMCGAN":
         FileNotFoundError: there is none.
     """
     from fastxm import XMCGAN
+    from fastxm.ops.memory import keep_freed_memory
     from fastxm.training.precision import pick_device
 
+    keep_freed_memory()
     return XMCGAN.from_pretrained(find_model(path)).to(pick_device(device))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastxm.ops.memory import keep_freed_memory
 from fastxm.training import checkpoint
 from fastxm.training import config as configs
 from fastxm.training.logging import RunLog
@@ -97,6 +98,8 @@ class Progress:
 def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) -> Run:
     """Trains a recipe until `loop` says stop, and exports its model to `out`/model.
 
+    On a CPU the process keeps from then on the memory that it frees (glibc's malloc).
+
     Args:
         recipe: the system; built here.
         out: the run's directory; its checkpoints are continued only with `resume`.
@@ -115,6 +118,8 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         )
     if last:
         checkpoint.check(last, recipe.identity())
+    if recipe.device.type == "cpu":
+        keep_freed_memory()
     recipe.build()
     progress = restore(recipe, last) if last else Progress()
     configs.write(out / "config.yaml", recipe.system, recipe.config)

@@ -148,3 +148,19 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path):
 def test_counts_below_one_are_refused(field):
     with pytest.raises(ValueError, match=f"{field} must be at least 1, not 0"):
         LoopConfig(**{field: 0})
+
+
+def test_training_keeps_the_memory_that_it_frees():
+    script = """
+import resource, torch
+from fastxm.ops.memory import keep_freed_memory
+kept = keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(1 << 22).zero_()  # 16 MiB: 4,096 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+assert not kept or faults() < 4096, faults()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
