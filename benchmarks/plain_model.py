@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastxm.nn.blocks import DownBlock, FirstDownBlock, UpBlock, upsample
 from fastxm.nn.modulation import AttentionalModulation, ModulatedNorm
-from fastxm.nn.spectral import SpectralConv2d
+from fastxm.nn.spectral import Spectral, SpectralConv2d
 from fastxm.ops.dispatch import wide
 
 
@@ -59,15 +59,18 @@ class PlainNorm(ModulatedNorm):
 
 class PlainUpBlock(UpBlock):
     def forward(self, x, first, second, update_stats: bool = True) -> Tensor:
-        h = upsample(self.norm1(x, *first(x), update_stats))
+        h = upsample(self.norm1(x, *first(x), update_stats), self.conv1.up)
         h = F.conv2d(h, self.conv1.weight, self.conv1.bias, padding=1)
         h = self.conv2(self.norm2(h, *second(h), update_stats))
-        return h + self.skip(upsample(x))
+        return h + self.skip(upsample(x, self.conv1.up))
 
 
 class PlainSpectralConv2d(SpectralConv2d):
+    def normalised(self) -> Tensor:
+        return Spectral.normalised(self)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x, self.normalised(), self.bias, padding=self.padding)
+        y = F.conv2d(x, self.kernel(), self.bias, padding=self.padding)
         return F.avg_pool2d(y, 2) if self.down else y
 
 

@@ -35,6 +35,7 @@ from fastxm.nn import (
     SpectralConv2d,
     SpectralLinear,
     UpBlock,
+    normalised_once,
 )
 from fastxm.nn.blocks import Condition, Conv2d
 from fastxm.nn.init import glorot_normal_
@@ -65,6 +66,8 @@ class XMCGANConfig:
         attention_sharpness: rho_0, factor of the cosine in the generator's attention.
         first_layer: "z" makes the 4 x 4 map of the noise alone (the released code); "z_sentence"
             of noise and sentence (the paper's figure 2).
+        upsampling: of the generator's blocks, "nearest" (the released code) or "bilinear", which
+            draws no cell borders: shapes come sooner, at the cost of a slower step.
     """
 
     image_size: int = 128
@@ -79,6 +82,7 @@ class XMCGANConfig:
     attention: str = "shared"
     attention_sharpness: float = 15.0
     first_layer: str = "z"
+    upsampling: str = "nearest"
 
     def __post_init__(self) -> None:
         for name, allowed in {
@@ -86,6 +90,7 @@ class XMCGANConfig:
             "sentence": ("masked_mean", "reference"),
             "attention": ("shared", "per_layer"),
             "first_layer": ("z", "z_sentence"),
+            "upsampling": ("nearest", "bilinear"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)!r}")
@@ -111,7 +116,7 @@ class Generator(nn.Module):
         self.first = nn.Linear(first, 16 * widths[0])
         for linear in (self.sentence, self.first):
             glorot_normal_(linear.weight, linear.bias)
-        self.blocks = nn.ModuleList(UpBlock(a, b) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList(UpBlock(a, b, config.upsampling) for a, b in pairwise(widths))
         self.norm = ModulatedNorm(widths[-1])
         self.to_rgb = Conv2d(widths[-1], 3, 3)
 
@@ -212,16 +217,26 @@ class Discriminator(nn.Module):
         self.sentence = SpectralLinear(config.text_width, widths[-1])
         self.logit = SpectralLinear(widths[-1], 1)
 
-    def forward(self, images: Tensor, sentence: Tensor) -> DiscriminatorOutput:
+    def forward(self, images: Tensor | Sequence[Tensor], sentence: Tensor) -> Any:
         """Judges pictures; call it once a step, for spectral norm's sake.
 
         Args:
-            images: [N, 3, S, S] in [0, 1]; N is B, or 2 B with the real pictures first.
+            images: [N, 3, S, S] in [0, 1], N a whole multiple of B; or several such batches, judged
+                apart by the same weights: what is differentiated of one does not run through all.
             sentence: [B, E], sentence features.
+
+        Returns:
+            a DiscriminatorOutput; a list of them for several batches.
 
         Raises:
             ValueError: N is no whole multiple of B.
         """
+        with normalised_once(self):
+            if isinstance(images, Tensor):
+                return self.judge(images, sentence)
+            return [self.judge(group, sentence) for group in images]
+
+    def judge(self, images: Tensor, sentence: Tensor) -> DiscriminatorOutput:
         if len(images) % len(sentence):
             raise ValueError(f"{len(images)} images do not share out to {len(sentence)} sentences")
         x = self.first(images)

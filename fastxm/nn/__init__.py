@@ -1,8 +1,13 @@
 """Modules with parameters, built on the ops and shared by the models."""
 
 from fastxm.nn.blocks import DownBlock, FirstDownBlock, UpBlock
-from fastxm.nn.modulation import AttentionalModulation, ConditionalModulation, ModulatedNorm
-from fastxm.nn.spectral import SpectralConv2d, SpectralLinear
+from fastxm.nn.modulation import (
+    AttentionalModulation,
+    ConditionalModulation,
+    ModulatedNorm,
+    take_statistics,
+)
+from fastxm.nn.spectral import SpectralConv2d, SpectralLinear, normalised_once
 
 __all__ = [
     "AttentionalModulation",
@@ -13,4 +18,6 @@ __all__ = [
     "SpectralConv2d",
     "SpectralLinear",
     "UpBlock",
+    "normalised_once",
+    "take_statistics",
 ]

@@ -13,17 +13,18 @@ Condition = Callable[[Tensor], tuple[Tensor, Tensor]]  # features -> gamma, beta
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution of stride 1 that keeps the size, or first doubles it (nearest neighbour).
+    """Convolution of stride 1 that keeps the size, or first doubles it.
 
     Args:
         c_in, c_out: channels.
         kernel: its side, odd.
-        up: double the input's size first. Four neighbours are one input, so this is one transposed
-            convolution of stride 2 with summed kernels: 4 products for 9, the same numbers. It is
-            used from 8 x 8 inputs on; below, the many channels of few pixels make it slower.
+        up: double the input's size first, by "nearest" or "bilinear" interpolation; "" does not.
+            Four nearest neighbours are one input, so that is one transposed convolution of stride 2
+            with summed kernels: 4 products for 9, the same numbers. It is used from 8 x 8 inputs
+            on; below, the many channels of few pixels make it slower.
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, *, up: bool = False) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: int, *, up: str = "") -> None:
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         self.up = up
 
@@ -31,32 +32,33 @@ class Conv2d(nn.Conv2d):
         glorot_normal_(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.up and x.shape[-1] >= 8:
+        if self.up == "nearest" and x.shape[-1] >= 8:
             weight = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
             weight = weight.transpose(0, 1).flip(2, 3)  # [C_in, C_out, 4, 4]
             return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
         if self.up:
-            x = upsample(x)
+            x = upsample(x, self.up)
         return F.conv2d(x, self.weight, self.bias, padding=self.padding)
 
 
-def upsample(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+def upsample(x: Tensor, mode: str = "nearest") -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode=mode)
 
 
 class UpBlock(nn.Module):
     """Residual block that doubles the size, each convolution after a modulated normalisation.
 
-    A 1 x 1 convolution and nearest upsampling commute, so the skip path convolves first.
+    A 1 x 1 convolution and upsampling commute, so the skip path convolves first.
 
     Args:
         c_in, c_out: channels.
+        up: "nearest" or "bilinear".
     """
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in: int, c_out: int, up: str = "nearest") -> None:
         super().__init__()
         self.norm1 = ModulatedNorm(c_in)
-        self.conv1 = Conv2d(c_in, c_out, 3, up=True)
+        self.conv1 = Conv2d(c_in, c_out, 3, up=up)
         self.norm2 = ModulatedNorm(c_out)
         self.conv2 = Conv2d(c_out, c_out, 3)
         self.skip = Conv2d(c_in, c_out, 1)
@@ -73,7 +75,7 @@ class UpBlock(nn.Module):
         """
         h = self.conv1(self.norm1(x, *first(x), update_stats))
         h = self.conv2(self.norm2(h, *second(h), update_stats))
-        return h + upsample(self.skip(x))
+        return h + upsample(self.skip(x), self.conv1.up)
 
 
 class FirstDownBlock(nn.Module):

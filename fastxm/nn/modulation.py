@@ -6,7 +6,8 @@ attends to. Both serve several layers at once, in one matrix product.
 (Zhang et al., XMC-GAN, CVPR 2021, section 4.1.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,31 @@ class ModulatedNorm(nn.Module):
             momentum=self.momentum,
             eps=self.eps,
         )
+
+
+@torch.no_grad()
+def take_statistics(network: nn.Module, batches: Iterable[Sequence[Any]]) -> None:
+    """Makes the running statistics those of the network as it is: their mean over some batches.
+
+    Statistics that came with other weights, as those beside a moving average of weights, do not
+    quite fit, the less so the smaller the batches of the training were.
+
+    Args:
+        network: called with each of the batches; in eval mode afterwards.
+        batches: at least one.
+    """
+    norms = [module for module in network.modules() if isinstance(module, ModulatedNorm)]
+    usual = [norm.momentum for norm in norms]
+    network.train()
+    try:
+        for k, batch in enumerate(batches):
+            for norm in norms:
+                norm.momentum = 1 / (k + 1)
+            network(*batch)
+    finally:
+        for norm, momentum in zip(norms, usual):
+            norm.momentum = momentum
+        network.eval()
 
 
 class Tables(nn.Linear):

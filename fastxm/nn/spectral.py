@@ -3,13 +3,18 @@
     v = n(Wᵀ u)        u' = n(W v)        σ = u'ᵀ W v        weight = W / (σ + ε)
 
 W [C_out, K] is the kernel with all but its first axis flattened, n(a) = a / sqrt(Σ a² + ε),
-ε = 1e-10; u and v are constants to the gradient. u' replaces u in training only, so that a
-network is to be called once a step, on real and generated images together.
+ε = 1e-10; u and v are constants to the gradient. u' replaces u in training only, so that the
+weights are to be normalised once a step, for real and generated images: `normalised_once`.
 (Miyato et al., Spectral Normalization for GANs, ICLR 2018.)
 """
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastxm.nn.init import glorot_normal_
@@ -34,23 +39,52 @@ class Spectral(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter
     u: Tensor
+    held: Tensor | None = None  # the kernel of `normalised_once`
 
     def reset_parameters(self) -> None:
         glorot_normal_(self.weight, self.bias)
         self.register_buffer("u", 0.01 * torch.randn(self.weight.shape[0]))
 
+    def kernel(self) -> Tensor:
+        """What multiplies the input."""
+        return self.normalised() if self.held is None else self.held
+
     def normalised(self) -> Tensor:
-        """The weight over its largest singular value, as estimated; float32 under autocast."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            w = rows(self.weight)  # [C_out, K]
+        """The weight over its largest singular value, as estimated, in autocast's dtype if any."""
+        kind = self.weight.device.type
+        with torch.autocast(kind, enabled=False):  # float32 until then
             with torch.no_grad():
+                w = rows(self.weight)
                 v = unit(self.u @ w)  # [K]
-            wv = w @ v  # [C_out]
-            u = unit(wv.detach())
-            if self.training:
-                with torch.no_grad():
+                wv = w @ v
+                u = unit(wv)  # [C_out]
+                if self.training:
                     self.u.copy_(u)
-            return self.weight / (u @ wv + EPS)
+            weight = DivideBySigma.apply(self.weight, u, v, 1 / (u @ wv + EPS))
+        if torch.is_autocast_enabled(kind):  # here, so that a kernel that is held is cast once
+            weight = weight.to(torch.get_autocast_dtype(kind))
+        return weight
+
+
+class DivideBySigma(torch.autograd.Function):
+    """Ŵ = W / (σ + ε) with its gradient, (g - <g, Ŵ> u vᵀ) / (σ + ε), in the fewest passes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+        out = weight * scale
+        ctx.save_for_backward(out, u, v, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        out, u, v, scale = ctx.saved_tensors
+        if grad.stride() != out.stride():
+            grad = torch.empty_like(out).copy_(grad)
+        along = torch.dot(rows(grad).flatten(), rows(out).flatten())
+        grad = grad * scale
+        rows(grad).addr_(u * (-along * scale), v)
+        return grad, None, None, None
 
 
 class SpectralConv2d(Spectral, nn.Conv2d):  # type: ignore[misc]
@@ -67,12 +101,13 @@ class SpectralConv2d(Spectral, nn.Conv2d):  # type: ignore[misc]
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         self.down = down
 
+    def normalised(self) -> Tensor:
+        weight = super().normalised()
+        return F.avg_pool2d(weight, 2, stride=1, padding=1) if self.down else weight
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.normalised()
-        if self.down:
-            weight = F.avg_pool2d(weight, 2, stride=1, padding=1)
-            return F.conv2d(x, weight, self.bias, stride=2, padding=self.padding)
-        return F.conv2d(x, weight, self.bias, padding=self.padding)
+        stride = 2 if self.down else 1
+        return F.conv2d(x, self.kernel(), self.bias, stride=stride, padding=self.padding)
 
 
 class SpectralLinear(Spectral, nn.Linear):  # type: ignore[misc]
@@ -82,4 +117,17 @@ class SpectralLinear(Spectral, nn.Linear):  # type: ignore[misc]
         super().__init__(c_in, c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.normalised(), self.bias)
+        return F.linear(x, self.kernel(), self.bias)
+
+
+@contextlib.contextmanager
+def normalised_once(network: nn.Module) -> Iterator[None]:
+    """Inside, the network may be called more than once, all with one step of power iteration."""
+    layers = [module for module in network.modules() if isinstance(module, Spectral)]
+    for layer in layers:
+        layer.held = layer.normalised()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.held = None

@@ -9,25 +9,28 @@ is never trained on contrastive losses of generated pictures.
 (Zhang et al., XMC-GAN, CVPR 2021, section 4; the schedule is that of the released code.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastxm import losses
-from fastxm.data import CaptionedImages, open_dataset, text_features
+from fastxm.data import BatchSampler, CaptionedImages, open_dataset, text_features
 from fastxm.data.transforms import augment
 from fastxm.encoders import EfficientNetLite0, image_encoder, text_encoder
-from fastxm.models.xmcgan import XMCGAN, XMCGANConfig
+from fastxm.models.xmcgan import XMCGAN, DiscriminatorOutput, Generator, XMCGANConfig
+from fastxm.nn import take_statistics
 from fastxm.training.batches import Batch, CaptionedBatches, split
 from fastxm.training.ema import EMA
 from fastxm.training.precision import Precision, autocast, check_precision, pick_device, seed_all
 from fastxm.training.recipe import Player, Recipe, Samples, State
 from fastxm.training.trainer import LoopConfig
+
+STATISTICS = 64  # batches that the moving average's own statistics are taken over
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class XMCGANTraining:
     """Decay of the generator's moving average."""
     ema_ramp: bool = False
     """Let the moving average forget its beginning faster."""
+    ema_statistics: Literal["live", "own"] = "live"
+    """Batch statistics beside the average: the live network's (the released code), or its own."""
     word_weight: float = 1.0
     """Weight of the region-word loss, for both players."""
     sentence_weight: float = 1.0
@@ -96,6 +101,7 @@ class XMCGANRecipe(Recipe):
     """
 
     system = "xmcgan"
+    batches: CaptionedBatches
     unbound = ("loop", "device", "compile")
 
     def __init__(self, config: XMCGANTraining):
@@ -171,16 +177,17 @@ class XMCGANRecipe(Recipe):
         """One update of the discriminator; the generator's running statistics do not move."""
         with torch.no_grad():
             fake = self.generate(batch, update_stats=False)
-        loss, _ = self.discriminator_loss(self.judge(batch, fake), batch)
+        of_real, of_fake = self.judge(batch, fake)
+        loss, _ = self.discriminator_loss(of_real, of_fake, batch)
         parameters = list(self.model.discriminator.parameters())
         self.update({"discriminator": torch.autograd.grad(self.scaler.scale(loss), parameters)})
 
     def joint_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of both players from one forward of each."""
         fake = self.generate(batch, update_stats=True)
-        judged = self.judge(batch, fake)
-        loss_d, of_d = self.discriminator_loss(judged, batch)
-        loss_g, of_g = self.generator_loss(judged, batch, fake)
+        of_real, of_fake = self.judge(batch, fake)
+        loss_d, of_d = self.discriminator_loss(of_real, of_fake, batch)
+        loss_g, of_g = self.generator_loss(of_real, of_fake, batch, fake)
         d, g = list(self.model.discriminator.parameters()), list(self.model.generator.parameters())
         scale = self.scaler.scale
         self.update(
@@ -198,43 +205,48 @@ class XMCGANRecipe(Recipe):
             text = batch["words"], batch["sentence"], batch["lengths"]
             return self.generator(z, *text, update_stats=update_stats)
 
-    def judge(self, batch: Batch, fake: Tensor) -> Any:
-        """What the discriminator makes of the real pictures and then the generated ones."""
-        images = torch.cat([batch["image"], fake])
+    def judge(self, batch: Batch, fake: Tensor) -> list[DiscriminatorOutput]:
+        """What the discriminator makes of the real pictures and of the generated ones."""
+        groups = [batch["image"], fake]
         if self.config.augment:
-            images = augment(images, self.config.augment)
-        images = images.contiguous(memory_format=torch.channels_last)
+            groups = [augment(images, self.config.augment) for images in groups]
+        groups = [images.contiguous(memory_format=torch.channels_last) for images in groups]
         with autocast(self.config.precision, self.device):
-            return self.discriminator(images, batch["sentence"])
+            return self.discriminator(groups, batch["sentence"])
 
-    def discriminator_loss(self, judged: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        real, fake = judged.logits.chunk(2)
-        parts = {"d_gan": losses.hinge_d(real, fake), **self.text_losses(judged, batch, "d", 0)}
-        total = parts["d_gan"] + self.weighted(parts, "d")
-        return total, {**parts, "d_real": real.float().mean(), "d_fake": fake.float().mean()}
+    def discriminator_loss(
+        self, real: DiscriminatorOutput, fake: DiscriminatorOutput, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        gan = losses.hinge_d(real.logits, fake.logits)
+        parts = {"d_gan": gan, **self.text_losses(real, batch, "d")}
+        means = {"d_real": real.logits.mean(), "d_fake": fake.logits.mean()}
+        return gan + self.weighted(parts, "d"), {**parts, **means}
 
     def generator_loss(
-        self, judged: Any, batch: Batch, fake: Tensor
+        self,
+        of_real: DiscriminatorOutput,
+        of_fake: DiscriminatorOutput,
+        batch: Batch,
+        fake: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        _, logits = judged.logits.chunk(2)
-        parts = {"g_gan": losses.hinge_g(logits), **self.text_losses(judged, batch, "g", 1)}
+        gan = losses.hinge_g(of_fake.logits)
+        parts = {"g_gan": gan, **self.text_losses(of_fake, batch, "g")}
         if self.config.image_weight:
-            of_real, of_fake = judged.pooled.chunk(2)
-            parts["g_image"] = losses.nce(of_fake, of_real)
+            parts["g_image"] = losses.nce(of_fake.pooled, of_real.pooled)
         if self.features is not None:
             parts["g_pretrained"] = losses.nce(*self.pretrained_logits(fake, batch["image"]))
-        return parts["g_gan"] + self.weighted(parts, "g"), parts
+        return gan + self.weighted(parts, "g"), parts
 
-    def text_losses(self, judged: Any, batch: Batch, player: str, half: int) -> dict[str, Tensor]:
-        """How well pictures and texts find each other: half 0 the real pictures, 1 the others."""
+    def text_losses(
+        self, judged: DiscriminatorOutput, batch: Batch, player: str
+    ) -> dict[str, Tensor]:
+        """How well pictures and texts find each other."""
         parts = {}
         if self.config.word_weight:
-            regions = judged.regions.chunk(2)[half]
-            word = losses.region_word_loss(regions, batch["words"], batch["lengths"])
+            word = losses.region_word_loss(judged.regions, batch["words"], batch["lengths"])
             parts[f"{player}_word"] = word
         if self.config.sentence_weight:
-            pooled = judged.pooled.chunk(2)[half]
-            parts[f"{player}_sentence"] = losses.nce(pooled, judged.sentence)
+            parts[f"{player}_sentence"] = losses.nce(judged.pooled, judged.sentence)
         return parts
 
     def weighted(self, parts: dict[str, Tensor], player: str) -> Tensor:
@@ -261,11 +273,32 @@ class XMCGANRecipe(Recipe):
         self.scaler.update()
 
     @torch.no_grad()
+    def average(self) -> Generator:
+        """The generator's moving average, ready to draw; what training does next stays the same."""
+        network = self.ema.network
+        if self.config.ema_statistics == "own":
+            with autocast(self.config.precision, self.device):
+                take_statistics(network, self.random_inputs(STATISTICS))
+        return network
+
+    def random_inputs(self, batches: int) -> Iterator[tuple[Tensor, ...]]:
+        """What generators draw of: noise, and captions as training draws them."""
+        config, features = self.config, self.batches.features
+        source = torch.Generator().manual_seed(config.seed)
+        sampler = BatchSampler(self.batches.dataset, config.batch_size, seed=config.seed)
+        for _, (indices, numbers) in zip(range(batches), sampler):
+            z = torch.randn(len(indices), config.model.z_dim, generator=source)
+            text = features.batch(features.row(indices, numbers))
+            inputs = (z, text["words"], text["sentence"], text["lengths"])
+            yield tuple(tensor.to(self.device) for tensor in inputs)
+
+    @torch.no_grad()
     def sample(self) -> Samples:
+        average = self.average()
         text = self.text["words"], self.text["sentence"], self.text["lengths"]
         rows = zip(*(tensor.split(self.config.batch_size) for tensor in (self.noise, *text)))
         with autocast(self.config.precision, self.device):
-            images = torch.cat([self.ema.network(*row).float() for row in rows])
+            images = torch.cat([average(*row).float() for row in rows])
         return Samples(images, self.captions)
 
     def state_dict(self) -> State:
@@ -278,7 +311,7 @@ class XMCGANRecipe(Recipe):
         self.scaler.load_state_dict(state["scaler"])
 
     def export(self, directory: Path) -> None:
-        live, self.model.generator = self.model.generator, self.ema.network
+        live, self.model.generator = self.model.generator, self.average()
         try:
             self.model.save_pretrained(directory)
         finally:

@@ -9,8 +9,8 @@ from golden import fill, hashes, waves
 
 from fastxm import losses
 from fastxm.models.xmcgan import XMCGAN, Discriminator, Generator, XMCGANConfig
-from fastxm.nn import AttentionalModulation, SpectralConv2d, SpectralLinear
-from fastxm.nn.blocks import Conv2d
+from fastxm.nn import AttentionalModulation, SpectralConv2d, SpectralLinear, UpBlock
+from fastxm.nn.blocks import Conv2d, upsample
 
 TINY = {"image_size": 64, "gf": 4, "df": 4, "z_dim": 8, "cond_dim": 8, "text_width": 12}
 
@@ -100,7 +100,10 @@ def test_parameter_counts(size, generator, discriminator):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("options", [{}, {"attention": "per_layer", "first_layer": "z_sentence"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"attention": "per_layer", "first_layer": "z_sentence", "upsampling": "bilinear"}],
+)
 def test_shapes_and_gradients(size, options):
     model = tiny(image_size=size, **options)
     z, words, sentence, lengths = inputs(model, 2)
@@ -122,19 +125,26 @@ def test_shapes_and_gradients(size, options):
         assert parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 @pytest.mark.parametrize("shape", [(2, 5, 4, 6), (1, 3, 8, 8), (3, 4, 5, 9)])
-def test_upsampling_convolution(shape):
-    layer = Conv2d(shape[1], 7, 3, up=True)
+def test_upsampling_convolution(shape, mode):
+    layer = Conv2d(shape[1], 7, 3, up=mode)
     x, bias = torch.randn(shape), torch.randn(7)
 
     def ours(x, weight, bias):
         return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
     def formula(x, weight, bias):
-        return F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1)
+        return F.conv2d(F.interpolate(x, scale_factor=2, mode=mode), weight, bias, padding=1)
 
     no_worse(ours, formula, x, layer.weight.detach(), bias, factor=4.0)
     no_worse(gradient(ours, (0, 1, 2)), gradient(formula, (0, 1, 2)), x, layer.weight, bias)
+
+
+def test_bilinear_skip_path_commutes():
+    block, x = UpBlock(5, 3, "bilinear"), torch.randn(2, 5, 4, 4)
+    upsampled = F.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(upsample(block.skip(x), "bilinear"), block.skip(upsampled))
 
 
 @pytest.mark.parametrize("down", [False, True])
@@ -233,9 +243,11 @@ def test_compiles_without_a_graph_break():
     discriminator = torch.compile(model.discriminator, fullgraph=True, backend="aot_eager")
     fake, expected = generator(*given), twin.generator(*given)
     torch.testing.assert_close(fake, expected)
-    logits = discriminator(fake, given[2]).logits
-    torch.testing.assert_close(logits, twin.discriminator(expected, given[2]).logits)
-    logits.sum().backward()
+    judged = discriminator([fake, fake.flip(3)], given[2])
+    theirs = twin.discriminator([expected, expected.flip(3)], given[2])
+    for ours, other in zip(judged, theirs):
+        torch.testing.assert_close(ours.logits, other.logits)
+    sum(output.logits.sum() for output in judged).backward()
     for (name, value), other in zip(model.named_buffers(), twin.buffers()):
         torch.testing.assert_close(value, other, msg=name)
 
@@ -393,3 +405,16 @@ def test_initial_kernels_are_glorot():
         assert abs(part.std() / expected - 1) < 4 / (2 * part.numel()) ** 0.5
     assert not generator.first.bias.any()
     assert hashes((2,)).dtype == torch.float32
+
+
+def test_batches_judged_apart_are_judged_as_one():
+    model, twin = tiny().train(), tiny().train()
+    images, sentence = torch.rand(4, 3, 64, 64), torch.randn(2, 12)
+    apart = model.discriminator(images.chunk(2), sentence)
+    whole = twin.discriminator(images, sentence)
+    for name in ("logits", "pooled", "regions"):
+        joined = torch.cat([getattr(output, name) for output in apart])
+        torch.testing.assert_close(joined, getattr(whole, name))
+    for (name, value), other in zip(model.named_buffers(), twin.buffers()):
+        torch.testing.assert_close(value, other, msg=name)
+    assert all(getattr(layer, "held", None) is None for layer in model.modules())

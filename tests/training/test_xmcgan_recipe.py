@@ -179,11 +179,11 @@ def test_the_pretrained_loss_reaches_the_generator(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(ours, "generate", lambda batch, **_: seen[0])
     seen.append(torch.rand(4, 3, 64, 64, requires_grad=True))
-    total, parts = ours.generator_loss(ours.judge(batch, seen[0]), batch, seen[0])
+    total, parts = ours.generator_loss(*ours.judge(batch, seen[0]), batch, seen[0])
     theirs, real = seen[0].flatten(1)[:, ::97], batch["image"].flatten(1)[:, ::97]
     torch.testing.assert_close(parts["g_pretrained"], contrast(theirs, real))
     ours.features = None
-    without, _ = ours.generator_loss(ours.judge(batch, seen[0]), batch, seen[0])
+    without, _ = ours.generator_loss(*ours.judge(batch, seen[0]), batch, seen[0])
     assert total - without > 2 * parts["g_pretrained"]
     (gradient,) = torch.autograd.grad(parts["g_pretrained"], seen)
     assert gradient.abs().sum() > 0
@@ -301,3 +301,25 @@ def test_text_features_must_fit_the_model(folder):
 def test_bad_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         xmcgan.XMCGANRecipe(xmcgan.XMCGANTraining(**fields))
+
+
+@pytest.mark.parametrize("own", ["own", "live"])
+def test_statistics_beside_the_average(folder, own):
+    ours = recipe(folder, ema_statistics=own)
+    ours.build()
+    for _, batch in zip(range(2), ours.batches):
+        ours.step(batch)
+    live = dict(ours.model.generator.named_buffers())
+    network, before = ours.average(), torch.get_rng_state()
+    moved = {name for name, x in network.named_buffers() if not torch.equal(x, live[name])}
+    assert moved == ({name for name in live if "running" in name} if own == "own" else set())
+    assert not network.training
+    if own == "own":  # the first layer that normalises sees the mean of what it is given
+        seen = []
+        hook = network.blocks[0].norm1.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        for inputs in ours.random_inputs(xmcgan.STATISTICS):
+            network(*inputs)
+        hook.remove()
+        mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+        torch.testing.assert_close(network.blocks[0].norm1.running_mean, mean)
+    assert torch.equal(before, torch.get_rng_state())
