@@ -438,7 +438,8 @@ def demo(arguments: list[str]) -> None:
         if (out / "config.yaml").exists():
             flags.append("--resume")
         train_xmcgan(flags)
-        sample([*DEMO_CAPTIONS, "--model", str(out), "--out", str(out / "demo.png")])
+        where = ["--model", str(out), "--out", str(out / "demo.png")]
+        sample([*DEMO_CAPTIONS, "--num-images", "1", *where])
 
     parse(run, "demo", arguments)
 
