@@ -137,11 +137,12 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path):
                 os.kill(os.getpid(), signal.SIGINT)
             return super().step(batch)
 
+    before = signal.getsignal(signal.SIGINT)
     run = train(Signalled(), tmp_path / "run", LOOP)
     assert run.interrupted
     assert run.step == 5
     assert [p.name for p in checkpoint.steps(run.out / "checkpoints")] == ["step-00000005"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("field", ["steps", "log_every", "checkpoint_every", "keep_checkpoints"])
@@ -150,7 +151,7 @@ def test_counts_below_one_are_refused(field):
         LoopConfig(**{field: 0})
 
 
-def test_training_keeps_the_memory_that_it_frees():
+def test_training_keeps_the_memory_that_it_frees(tmp_path):
     script = """
 import resource, torch
 from fastxm.ops.memory import keep_freed_memory
@@ -163,4 +164,4 @@ def faults():
 faults()
 assert not kept or faults() < 4096, faults()
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
