@@ -30,6 +30,7 @@ def word_attention(
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: tensors of several devices.
     """
     dispatch.one_device("word_attention", query, words, lengths)
     shapes = [list(t.shape) for t in (query, words, lengths)]
@@ -78,6 +79,7 @@ def word_modulation(
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: tensors of several devices.
     """
     dispatch.one_device("word_modulation", query, words, word_gamma_beta, global_gamma_beta)
     table, everywhere = word_gamma_beta, global_gamma_beta
@@ -96,4 +98,5 @@ def word_modulation(
 
 
 def _inverse_norm(x: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(1e-6).reciprocal()
+    # by the square: vector_norm has no second derivative at zero, where padding is
+    return x.square().sum(dim, keepdim=True).clamp_min(1e-12).rsqrt()

@@ -61,6 +61,8 @@ def test_golden_attention_of_xmcgan():
 
 def test_derivatives(device):
     query, words, lengths, *tables = inputs((2, 3, 4, 1, 2, 1), device)
+    lengths = torch.tensor([4, 2], device=device)
+    words[1, 2:] = 0  # padding, whose norms are zero
     leaves = [t.double().requires_grad_() for t in (query, words, *tables)]
 
     def f(query, words, *tables):
@@ -68,6 +70,16 @@ def test_derivatives(device):
 
     assert gradcheck(f, leaves)
     assert gradgradcheck(f, leaves)
+
+
+def test_derivatives_of_zero_rows_are_finite(device):
+    query, words, lengths, *tables = inputs((2, 3, 4, 1, 2, 1), device)
+    query[0], words[0, 0], lengths[:] = 0, 0, 3
+    leaves = [t.requires_grad_() for t in (query, words)]
+    gamma, beta = word_modulation(*leaves, lengths, *tables)
+    first = torch.autograd.grad((gamma * beta).sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    assert all(g.isfinite().all() for g in (*first, *second))
 
 
 def test_masked_words_do_not_count(device):
