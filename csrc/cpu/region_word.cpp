@@ -1,21 +1,23 @@
 #include "cpu/region_word.h"
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "cpu/simd.h"
 
 namespace fastxm {
 namespace {
 
-constexpr double kEps = 1e-12;  // of squared norms, as in the formula
+constexpr double kEps = 1e-12;            // of squared norms, as in the formula
+constexpr std::int64_t kSmall = 1 << 14;  // entries below which threads cost more than they give
 
-// beta [words, R]: softmax of s [words, R] over its rows, column by column
+// beta [words, R]: softmax of s [words, R] over its rows, column by column; scratch [2, R]
 template <class T>
-FASTXM_INLINE void softmax_words(const T* s, T* beta, std::int64_t words, std::int64_t R) {
-  std::vector<T> scratch(2 * R);
-  T *maximum = scratch.data(), *total = maximum + R;
-  for (std::int64_t r = 0; r < R; ++r) maximum[r] = s[r];
+FASTXM_INLINE void softmax_words(const T* s, T* beta, std::int64_t words, std::int64_t R,
+                                 T* scratch) {
+  T *maximum = scratch, *total = scratch + R;
+  std::copy_n(s, R, maximum);
+  std::fill_n(total, R, T(0));
   for (std::int64_t j = 1; j < words; ++j) {
 #pragma omp simd
     for (std::int64_t r = 0; r < R; ++r) maximum[r] = std::max(maximum[r], s[j * R + r]);
@@ -79,16 +81,21 @@ FASTXM_INLINE T pool_weights(const T* dots, const T* word_rnorm, const T* square
 
 // square [words]: the products of the rows of a and b, of n elements
 template <class T>
-FASTXM_INLINE T pool_words(const T* a, const T* b, std::int64_t n, const T* dots,
-                           const T* word_rnorm, T* square, std::int64_t words, T pool) {
+FASTXM_INLINE void multiply_rows(const T* a, const T* b, std::int64_t n, T* square,
+                                 std::int64_t words) {
   for (std::int64_t j = 0; j < words; ++j) {
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (std::int64_t i = 0; i < n; ++i) sum += a[j * n + i] * b[j * n + i];
     square[j] = sum;
   }
-  std::vector<T> weights(words);
-  T total, best = pool_weights(dots, word_rnorm, square, words, pool, weights.data(), &total);
+}
+
+// the score of a text; scratch [words]
+template <class T>
+FASTXM_INLINE T pool_words(const T* dots, const T* word_rnorm, const T* square, std::int64_t words,
+                           T pool, T* scratch) {
+  T total, best = pool_weights(dots, word_rnorm, square, words, pool, scratch, &total);
   return words ? (best + std::log(total)) / pool : static_cast<T>(-INFINITY);
 }
 
@@ -110,11 +117,11 @@ FASTXM_INLINE void gradient_row(T* s, const T* alpha, T* h, T* g, std::int64_t R
   }
 }
 
-// through the softmax over words: s += beta (g - sum_j beta g)
+// through the softmax over words: s += beta (g - sum_j beta g); inner [R] is scratch
 template <class T>
 FASTXM_INLINE void add_through_words(T* s, const T* beta, const T* g, std::int64_t words,
-                                     std::int64_t R) {
-  std::vector<T> inner(R);
+                                     std::int64_t R, T* inner) {
+  std::fill_n(inner, R, T(0));
   for (std::int64_t k = 0; k < words; ++k) {
 #pragma omp simd
     for (std::int64_t r = 0; r < R; ++r) inner[r] += beta[k * R + r] * g[k * R + r];
@@ -128,25 +135,30 @@ FASTXM_INLINE void add_through_words(T* s, const T* beta, const T* g, std::int64
 
 template <class T>
 FASTXM_INLINE void attend_text(const T* s, T* alpha, T* dots, std::int64_t words, std::int64_t R,
-                               T sharp, bool word_softmax) {
-  if (word_softmax && words) softmax_words(s, alpha, words, R);
+                               T sharp, bool word_softmax, T* scratch) {
+  if (word_softmax && words) softmax_words(s, alpha, words, R, scratch);
   for (std::int64_t j = 0; j < words; ++j) {
     const T* beta = word_softmax ? alpha + j * R : s + j * R;
     dots[j] = softmax_regions(s + j * R, beta, alpha + j * R, R, sharp);
   }
 }
 
+// scratch: weights [words], g [R]; or weights [words], g and beta [words, R], columns [2, R]
+std::int64_t gradient_scratch(std::int64_t words, std::int64_t R, bool word_softmax) {
+  return words + (word_softmax ? 2 * (words + 1) * R : R);
+}
+
 template <class T>
 FASTXM_INLINE void gradient_text(T* s, const T* alpha, T* h, const T* dots, const T* word_rnorm,
                                  const T* square, std::int64_t words, std::int64_t R, T sharp,
-                                 T pool, bool word_softmax, T dscore, T* radial) {
+                                 T pool, bool word_softmax, T dscore, T* radial, T* scratch) {
   if (!words) return;
-  std::vector<T> scratch(word_softmax ? 2 * words * R : R);
-  T *g = scratch.data(), *beta = g + words * R;
-  if (word_softmax) softmax_words(s, beta, words, R);
-  std::vector<T> weights(words);
+  T *weights = scratch, *g = weights + words;
+  T* beta = word_softmax ? g + words * R : nullptr;
+  T* columns = word_softmax ? beta + words * R : nullptr;
+  if (word_softmax) softmax_words(s, beta, words, R, columns);
   T total;
-  pool_weights(dots, word_rnorm, square, words, pool, weights.data(), &total);
+  pool_weights(dots, word_rnorm, square, words, pool, weights, &total);
   for (std::int64_t j = 0; j < words; ++j) {
     T *row = s + j * R, *g_row = word_softmax ? g + j * R : g;
     T rnorm = 1 / std::sqrt(std::max(square[j], static_cast<T>(kEps)));
@@ -159,26 +171,30 @@ FASTXM_INLINE void gradient_text(T* s, const T* alpha, T* h, const T* dots, cons
 #pragma omp simd
     for (std::int64_t r = 0; r < R; ++r) row[r] += g_row[r];
   }
-  if (word_softmax) add_through_words(s, beta, g, words, R);
+  if (word_softmax) add_through_words(s, beta, g, words, R, columns);
 }
 
 // OpenMP outlines its regions before functions are cloned for each instruction set: so the cloned
 // functions take one text, and the loops over texts stand outside
 #define FASTXM_INSTANCES(T)                                                                       \
   FASTXM_MULTIARCH void attend(const T* s, T* alpha, T* dots, std::int64_t words, std::int64_t R, \
-                               T sharp, bool word_softmax) {                                      \
-    attend_text(s, alpha, dots, words, R, sharp, word_softmax);                                   \
+                               T sharp, bool word_softmax, T* scratch) {                          \
+    attend_text(s, alpha, dots, words, R, sharp, word_softmax, scratch);                          \
   }                                                                                               \
-  FASTXM_MULTIARCH T pooled(const T* a, const T* b, std::int64_t n, const T* dots,                \
-                            const T* word_rnorm, T* square, std::int64_t words, T pool) {         \
-    return pool_words(a, b, n, dots, word_rnorm, square, words, pool);                            \
+  FASTXM_MULTIARCH void square_rows(const T* a, const T* b, std::int64_t n, T* square,            \
+                                    std::int64_t words) {                                         \
+    multiply_rows(a, b, n, square, words);                                                        \
+  }                                                                                               \
+  FASTXM_MULTIARCH T pooled(const T* dots, const T* word_rnorm, const T* square,                  \
+                            std::int64_t words, T pool, T* scratch) {                             \
+    return pool_words(dots, word_rnorm, square, words, pool, scratch);                            \
   }                                                                                               \
   FASTXM_MULTIARCH void differentiate(T* s, const T* alpha, T* h, const T* dots,                  \
                                       const T* word_rnorm, const T* square, std::int64_t words,   \
                                       std::int64_t R, T sharp, T pool, bool word_softmax,         \
-                                      T dscore, T* radial) {                                      \
+                                      T dscore, T* radial, T* scratch) {                          \
     gradient_text(s, alpha, h, dots, word_rnorm, square, words, R, sharp, pool, word_softmax,     \
-                  dscore, radial);                                                                \
+                  dscore, radial, scratch);                                                       \
   }
 FASTXM_INSTANCES(float)
 FASTXM_INSTANCES(double)
@@ -190,13 +206,25 @@ struct Extent {
   std::int64_t texts, pictures, words;
 };
 
-// f(text, picture, the first of its words in the blocks [pictures, words], their number)
-template <class F>
-void for_each_text(const Extent& e, int threads, F f) {
-#pragma omp parallel for collapse(2) num_threads(threads)
-  for (std::int64_t p = 0; p < e.pictures; ++p)
-    for (std::int64_t t = 0; t < e.texts; ++t)
-      f(t, p, p * e.words + e.starts[t], e.starts[t + 1] - e.starts[t]);
+std::int64_t longest(const Extent& e) {
+  std::int64_t n = 0;
+  for (std::int64_t t = 0; t < e.texts; ++t) n = std::max(n, e.starts[t + 1] - e.starts[t]);
+  return n;
+}
+
+// f(text, picture, the first of its words in the blocks [pictures, words], their number, scratch)
+// where a row of a block has `row` entries
+template <class T, class F>
+void for_each_text(const Extent& e, std::int64_t row, std::int64_t scratch, int threads, F f) {
+  if (e.pictures * e.words * row < kSmall) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    std::unique_ptr<T[]> room(new T[scratch]);
+#pragma omp for collapse(2)
+    for (std::int64_t p = 0; p < e.pictures; ++p)
+      for (std::int64_t t = 0; t < e.texts; ++t)
+        f(t, p, p * e.words + e.starts[t], e.starts[t + 1] - e.starts[t], room.get());
+  }
 }
 
 Extent extent(std::uintptr_t starts, std::int64_t texts, std::int64_t pictures) {
@@ -212,11 +240,12 @@ void region_word_attention_cpu(bool float64, std::uintptr_t s, std::uintptr_t al
                                bool word_softmax, int threads) {
   auto run = [&](auto type) {
     using T = decltype(type);
-    for_each_text(extent(starts, texts, pictures), threads,
-                  [&](std::int64_t, std::int64_t, std::int64_t k, std::int64_t n) {
-                    attend(pointer<const T>(s) + k * regions, pointer<T>(alpha) + k * regions,
-                           pointer<T>(dots) + k, n, regions, static_cast<T>(sharp), word_softmax);
-                  });
+    Extent e = extent(starts, texts, pictures);
+    auto text = [&](std::int64_t, std::int64_t, std::int64_t k, std::int64_t n, T* scratch) {
+      attend(pointer<const T>(s) + k * regions, pointer<T>(alpha) + k * regions,
+             pointer<T>(dots) + k, n, regions, static_cast<T>(sharp), word_softmax, scratch);
+    };
+    for_each_text<T>(e, regions, word_softmax ? 2 * regions : 0, threads, text);
   };
   float64 ? run(double()) : run(float());
 }
@@ -224,17 +253,19 @@ void region_word_attention_cpu(bool float64, std::uintptr_t s, std::uintptr_t al
 void region_word_pool_cpu(bool float64, std::uintptr_t a, std::uintptr_t b, std::int64_t n,
                           std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
                           std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,
-                          double sharpness, std::uintptr_t scores, std::int64_t stride,
-                          int threads) {
+                          double pool, std::uintptr_t scores, std::int64_t stride, int threads) {
   auto run = [&](auto type) {
     using T = decltype(type);
     Extent e = extent(starts, texts, pictures);
-    for_each_text(e, threads, [&](std::int64_t t, std::int64_t p, std::int64_t k, std::int64_t m) {
+    auto text = [&](std::int64_t t, std::int64_t p, std::int64_t k, std::int64_t m, T* scratch) {
+      T* squares = pointer<T>(square) + k;
+      square_rows(pointer<const T>(a) + k * n, pointer<const T>(b) + k * n, n, squares, m);
+      if (!scores) return;
       pointer<T>(scores)[t * stride + p] =
-          pooled(pointer<const T>(a) + k * n, pointer<const T>(b) + k * n, n,
-                 pointer<const T>(dots) + k, pointer<const T>(word_rnorm) + e.starts[t],
-                 pointer<T>(square) + k, m, static_cast<T>(sharpness));
-    });
+          pooled(pointer<const T>(dots) + k, pointer<const T>(word_rnorm) + e.starts[t], squares, m,
+                 static_cast<T>(pool), scratch);
+    };
+    for_each_text<T>(e, n, longest(e), threads, text);
   };
   float64 ? run(double()) : run(float());
 }
@@ -248,14 +279,16 @@ void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t alpha, s
   auto run = [&](auto type) {
     using T = decltype(type);
     Extent e = extent(starts, texts, pictures);
-    for_each_text(e, threads, [&](std::int64_t t, std::int64_t p, std::int64_t k, std::int64_t n) {
+    auto text = [&](std::int64_t t, std::int64_t p, std::int64_t k, std::int64_t n, T* scratch) {
       std::int64_t at = k * regions;
       differentiate(pointer<T>(s) + at, pointer<const T>(alpha) + at, pointer<T>(h) + at,
                     pointer<const T>(dots) + k, pointer<const T>(word_rnorm) + e.starts[t],
                     pointer<const T>(square) + k, n, regions, static_cast<T>(sharp),
                     static_cast<T>(pool), word_softmax, pointer<const T>(dscores)[t * stride + p],
-                    pointer<T>(radial) + k);
-    });
+                    pointer<T>(radial) + k, scratch);
+    };
+    std::int64_t scratch = gradient_scratch(longest(e), regions, word_softmax);
+    for_each_text<T>(e, regions, scratch, threads, text);
   };
   float64 ? run(double()) : run(float());
 }

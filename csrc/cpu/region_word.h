@@ -15,8 +15,8 @@ void region_word_attention_cpu(bool float64, std::uintptr_t s, std::uintptr_t al
                                bool word_softmax, int threads);
 
 // a, b [P, K, n]: rows whose products are the squared norms of the contexts, written to square
-// [P, K]; dots [P, K]; word_rnorm (1 / |w|) [K]. Writes scores [texts, P], `stride` from text to
-// text.
+// [P, K]; dots [P, K]; word_rnorm (1 / |w|) [K]. Unless it is 0, writes scores [texts, P], `stride`
+// from text to text.
 void region_word_pool_cpu(bool float64, std::uintptr_t a, std::uintptr_t b, std::int64_t n,
                           std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
                           std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,

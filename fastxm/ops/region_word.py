@@ -43,7 +43,8 @@ def region_word_scores(
         [B_text, B_image], float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes do not fit together. TypeError: regions or words are not floating.
+        ValueError: shapes do not fit together.
+        TypeError: regions or words are not floating, or the tensors are of several devices.
 
     Source: Zhang et al. 2021 (XMC-GAN), sec. 3; Xu et al. 2018 (AttnGAN), eqs. 7-10.
     """
@@ -65,7 +66,8 @@ def region_word_scores(
     if not word_softmax:
         words = dispatch.unit_rows(words)
     options = (float(attention_sharpness), float(pooling_sharpness), word_softmax)
-    return _fwd(regions, words, lengths, *options)[0]
+    keep = torch.is_grad_enabled() and (regions.requires_grad or words.requires_grad)
+    return _fwd(regions, words, lengths, *options, keep)[0]
 
 
 def _backend(words: Tensor) -> Any:
@@ -76,10 +78,19 @@ def _backend(words: Tensor) -> Any:
 
 @torch.library.custom_op("fastxm::region_word_fwd", mutates_args=())
 def _fwd(
-    regions: Tensor, words: Tensor, lengths: Tensor, sharp: float, pool: float, word_softmax: bool
+    regions: Tensor,
+    words: Tensor,
+    lengths: Tensor,
+    sharp: float,
+    pool: float,
+    word_softmax: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
+    dtype = dispatch.wide_dtype(regions, words)
+    kept = words.new_empty(blocks.kept_shape(regions, words, keep), dtype=dtype)
     with torch.autocast(words.device.type, enabled=False):  # regions may stay in half precision
-        return _backend(words).fwd(regions, words, lengths, sharp, pool, word_softmax)
+        args = (regions, words, lengths, kept, sharp, pool, word_softmax)
+        return _backend(words).fwd(*args), kept
 
 
 @torch.library.custom_op("fastxm::region_word_bwd", mutates_args=())
@@ -94,25 +105,27 @@ def _bwd(
     word_softmax: bool,
     of_words: bool,
 ) -> tuple[Tensor, Tensor]:
-    options = (sharp, pool, word_softmax, of_words)
+    options = (sharp, pool, word_softmax)
     with torch.autocast(words.device.type, enabled=False):
-        return _backend(words).bwd(dscores, regions, words, lengths, kept, *options)
+        backend = _backend(words)
+        return backend.bwd(dscores, regions, words, lengths, kept, *options, of_words=of_words)
 
 
 @_fwd.register_fake
-def _(regions, words, lengths, *_):
+def _(regions, words, lengths, sharp, pool, word_softmax, keep):
     dtype = dispatch.wide_dtype(regions, words)
-    shapes = ((len(words), len(regions)), _backend(words).kept_shape(regions, words))
+    shapes = ((len(words), len(regions)), blocks.kept_shape(regions, words, keep))
     return tuple(words.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 @_bwd.register_fake
-def _(dscores, regions, words, *_):
-    return torch.empty_like(regions), torch.empty_like(words)
+def _(dscores, regions, words, lengths, kept, sharp, pool, word_softmax, of_words):
+    dwords = torch.empty_like(words) if of_words else words.new_empty(0)
+    return torch.empty_like(regions), dwords
 
 
 def _save(ctx, inputs, output):
-    regions, words, lengths, *ctx.options = inputs
+    regions, words, lengths, *ctx.options, _ = inputs
     ctx.save_for_backward(regions, words, lengths, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -120,10 +133,12 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dscores, _):
     saved = ctx.saved_tensors
     if torch.is_grad_enabled():
-        grads = reference.differentiable_bwd(dscores, *saved[:3], *ctx.options)
+        dregions, dwords = reference.differentiable_bwd(dscores, *saved[:3], *ctx.options)
     else:
-        grads = _bwd(dscores, *saved, *ctx.options, ctx.needs_input_grad[1])
-    return (*grads, None, None, None, None)
+        of_words = ctx.needs_input_grad[1]
+        dregions, dwords = _bwd(dscores, *saved, *ctx.options, of_words)
+        dwords = dwords if of_words else None
+    return dregions, dwords, None, None, None, None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_save)

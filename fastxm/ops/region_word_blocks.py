@@ -6,6 +6,8 @@ picture, s = w rᵀ, alpha = softmax(s) and the contexts c = alpha r:
     <w, c> = sum_r alpha s        |c|^2 = sum_r alpha h,    h = c rᵀ = alpha (r rᵀ)
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,12 @@ def gram(regions: Tensor, words: Tensor) -> bool:
     return R > 32 and R * (D + K) < K * D
 
 
-def kept_shape(regions: Tensor, words: Tensor) -> tuple[int, ...]:
-    """The shape of what the forward keeps: all of s and the contexts (or h), or nothing."""
+def kept_shape(regions: Tensor, words: Tensor, keep: bool) -> tuple[int, ...]:
+    """The shape of what every forward keeps: all of s and the contexts (or h), or nothing."""
     (P, R, D), K = regions.shape, words.shape[0] * words.shape[1]
     width = R + (R if gram(regions, words) else D)
-    few = regions.device.type == "cpu" and P * K * width * 4 <= KEPT
-    return (P, K, width) if few else (0, 0, 0)
+    few = P * K * width * wide_dtype(regions, words).itemsize <= KEPT
+    return (P, K, width) if keep and few and regions.device.type == "cpu" else (0, 0, 0)
 
 
 class _Words:
@@ -44,53 +46,43 @@ class _Words:
         self.sharp, self.pool, self.word_softmax = sharp, pool, word_softmax
         self.float64 = words.dtype == torch.float64
 
-    def blocks(self, regions: Tensor) -> list[slice]:
-        """The pictures in groups whose blocks fit the cache."""
-        each = 3 * len(self.packed) * regions.shape[1] * self.packed.element_size()
-        n = max(1, BLOCK // max(1, each))
-        return [slice(i, min(i + n, len(regions))) for i in range(0, len(regions), n)]
-
 
 class _Block:
     """Regions [P, R, D] of some pictures, of any dtype, and what the words make of them."""
 
-    def __init__(self, words: _Words, regions: Tensor):
-        (P, R, D), K = regions.shape, len(words.packed)
-        new = words.packed.new_empty
+    def __init__(self, words: _Words, regions: Tensor, rooms: list[Tensor]):
+        (P, _, D), K = regions.shape, len(words.packed)
         self.words, self.every_words = words, words.packed.expand(P, K, D)
-        self.picture = new(P, R, D).copy_(regions)
+        (self.picture, self.grad, self.s, self.alpha, self.h, self.inner, self.dots, self.square,
+         self.radial) = (room[:P] for room in rooms)  # fmt: skip
+        self.picture.copy_(regions)
         if not words.word_softmax:
             self.norm = torch.linalg.vector_norm(self.picture, dim=2, keepdim=True)
             self.picture.div_(self.norm.clamp_min_(EPS**0.5))
-        self.s, self.alpha, self.h = new(P, K, R), new(P, K, R), new(P, K, R)
-        self.dots, self.square, self.radial = new(P, K), new(P, K), new(P, K)
-        self.inner = new(P, R, R) if words.gram else new(P, K, D)  # r rᵀ, or the contexts
         self.product = self.h if words.gram else self.inner
         self.sizes = (words.starts.data_ptr(), words.texts, P)
 
-    def forward(self, scores: Tensor, kept: Tensor | None = None) -> None:
-        """Writes scores [B_text, P] and the blocks; takes products that an earlier one kept."""
+    def forward(self, scores: tuple[int, int], kept: Tensor | None = None) -> None:
+        """Writes the blocks, and scores [B_text, P]: address or 0, stride. Takes what is kept."""
         words, (K, R) = self.words, self.s.shape[1:]
         if kept is None:
             torch.bmm(self.every_words, self.picture.mT, out=self.s)
         else:
             self.s.copy_(kept[:, :K, :R])
+            self.product.copy_(kept[:, :K, R:])
         _C.region_word_attention_cpu(
             *(words.float64, self.s.data_ptr(), self.alpha.data_ptr(), self.dots.data_ptr()),
             *(*self.sizes, R, words.sharp, words.word_softmax, threads()),
         )
-        if kept is not None:
-            self.product.copy_(kept[:, :K, R:])
-        elif words.gram:
+        if kept is None and words.gram:
             torch.bmm(self.picture, self.picture.mT, out=self.inner)
-            torch.bmm(self.alpha, self.inner, out=self.h)
-        else:
-            torch.bmm(self.alpha, self.picture, out=self.inner)
+        if kept is None:
+            torch.bmm(self.alpha, self.inner if words.gram else self.picture, out=self.product)
         a = self.alpha if words.gram else self.inner
         _C.region_word_pool_cpu(
             *(words.float64, a.data_ptr(), self.product.data_ptr(), a.shape[2]),
             *(self.dots.data_ptr(), words.rnorm.data_ptr(), self.square.data_ptr(), *self.sizes),
-            *(words.pool, scores.data_ptr(), scores.stride(0), threads()),
+            *(words.pool, *scores, threads()),
         )
 
     def backward(self, dscores: Tensor) -> Tensor:
@@ -104,12 +96,11 @@ class _Block:
             *(R, words.sharp, words.pool, words.word_softmax, dscores.data_ptr()),
             *(dscores.stride(0), self.radial.data_ptr(), threads()),
         )
-        grad = torch.bmm(self.s.mT, self.every_words)
+        grad = torch.bmm(self.s.mT, self.every_words, out=self.grad)
         if words.gram:
             torch.bmm(self.alpha.mT, self.h, out=self.inner)
-            grad.baddbmm_(self.inner, self.picture, alpha=2)
-        else:
-            grad.baddbmm_(self.h.mT, self.inner, alpha=2)
+        pair = (self.inner, self.picture) if words.gram else (self.h.mT, self.inner)
+        grad.baddbmm_(*pair, alpha=2)
         if not words.word_softmax:  # orthogonal to the rows, but where a norm was too small to use
             along = torch.linalg.vecdot(grad, self.picture)[..., None]
             along.masked_fill_(self.norm <= EPS**0.5, 0)
@@ -117,33 +108,43 @@ class _Block:
         return grad
 
 
-def fwd(regions, words, lengths, *options) -> tuple[Tensor, Tensor]:
-    dtype = wide_dtype(regions, words)
-    packed = _Words(regions, words.to(dtype), lengths, *options)
-    scores = words.new_empty(len(words), len(regions), dtype=dtype)
-    kept = words.new_zeros(kept_shape(regions, words), dtype=dtype)
-    for some in packed.blocks(regions):
-        block = _Block(packed, regions[some])
-        block.forward(scores[:, some])
-        if len(kept):
-            kept[some, : len(packed.packed)] = torch.cat([block.s, block.product], 2)
-    return scores, kept
+def _blocks(words: _Words, regions: Tensor) -> Iterator[tuple[slice, _Block]]:
+    """Yields each group of pictures, as a slice, and its block, in rooms that all groups share."""
+    (B, R, D), K = regions.shape, len(words.packed)
+    P = max(1, min(B, BLOCK // max(1, 3 * K * R * words.packed.element_size())))
+    inner = (R, R) if words.gram else (K, D)  # r rᵀ, or the contexts
+    shapes = ((R, D), (R, D), (K, R), (K, R), (K, R), inner, (K,), (K,), (K,))
+    rooms = [words.packed.new_empty(P, *shape) for shape in shapes]
+    for i in range(0, B, P):
+        yield slice(i, i + P), _Block(words, regions[i : i + P], rooms)
 
 
-def bwd(
-    dscores, regions, words, lengths, kept, sharp, pool, word_softmax, of_words
-) -> tuple[Tensor, Tensor]:
+def fwd(regions, words, lengths, kept, *options) -> Tensor:
+    packed = _Words(regions, words.to(kept.dtype), lengths, *options)
+    R, K = regions.shape[1], len(packed.packed)
+    scores = kept.new_empty(len(words), len(regions))
+    for some, block in _blocks(packed, regions):
+        block.forward((scores[:, some].data_ptr(), len(regions)))
+        if len(kept):  # nothing reads the rest of it, which is of no words
+            kept[some, :K, :R], kept[some, :K, R:] = block.s, block.product
+    return scores
+
+
+def bwd(dscores, regions, words, lengths, kept, *options, of_words) -> tuple[Tensor, Tensor]:
     dscores = dscores.contiguous()
-    packed = _Words(regions, words.to(dscores.dtype), lengths, sharp, pool, word_softmax)
+    packed = _Words(regions, words.to(dscores.dtype), lengths, *options)
+    # NaN is the mark of a backend that keeps nothing; one of the inputs' comes again
+    again = not len(kept) or bool(kept[0, : len(packed.packed), 0].isnan().any())
     dpacked, dregions = torch.zeros_like(packed.packed), torch.empty_like(regions)
-    for some in packed.blocks(regions):
-        block = _Block(packed, regions[some])
-        block.forward(torch.empty_like(dscores)[:, some], kept[some] if len(kept) else None)
+    for some, block in _blocks(packed, regions):
+        block.forward((0, 0), None if again else kept[some])
         dregions[some] = block.backward(dscores[:, some])
         if of_words:
             dpacked.addcmul_(block.radial.sum(0)[:, None], packed.packed)
             for ds, picture in zip(block.s, block.picture):
                 dpacked.addmm_(ds, picture)
+    if not of_words:
+        return dregions, words.new_empty(0)
     dwords = torch.zeros_like(words)
     dwords[packed.valid] = dpacked.to(words.dtype)
     return dregions, dwords

@@ -29,14 +29,9 @@ def _attention(regions, words, valid, sharp, word_softmax) -> tuple[Tensor, Tens
     return s, (sharp * s).softmax(2)
 
 
-def kept_shape(_regions: Tensor, _words: Tensor) -> tuple[int, ...]:
-    return (0, 0, 0)
-
-
-def fwd(regions, words, lengths, *options) -> tuple[Tensor, Tensor]:
-    """The scores, and nothing kept for the backward."""
-    scores = formula(regions, words, lengths, *options)
-    return scores, scores.new_empty(kept_shape(regions, words))
+def fwd(regions, words, lengths, kept, *options) -> Tensor:
+    kept.fill_(torch.nan)  # which tells any backward that nothing was kept
+    return formula(regions, words, lengths, *options)
 
 
 def formula(regions, words, lengths, sharp, pool, word_softmax) -> Tensor:
@@ -51,12 +46,13 @@ def formula(regions, words, lengths, sharp, pool, word_softmax) -> Tensor:
 
 
 def bwd(
-    dscores, regions, words, lengths, _kept, sharp, pool, word_softmax, _of_words
+    dscores, regions, words, lengths, _kept, sharp, pool, word_softmax, *, of_words
 ) -> tuple[Tensor, Tensor]:
     wide_regions, wide_words = wide(regions, words)
     valid, unit = valid_words(words, lengths), unit_rows(words)
     rnorm = wide_words.square().sum(2, True).clamp_min(EPS).rsqrt()
-    dregions, dwords = torch.empty_like(wide_regions), torch.zeros_like(wide_words)
+    dregions = torch.empty_like(wide_regions)
+    dwords = torch.zeros_like(wide_words) if of_words else wide_words.new_empty(0)
     for i, raw in enumerate(wide_regions):
         picture = raw if word_softmax else unit_rows(raw)
         beta, alpha = _attention(picture, wide_words, valid, sharp, word_softmax)
@@ -66,13 +62,13 @@ def bwd(
         cosine = (unit * direction).sum(2, True)
         weight = (pool * cosine).masked_fill(~valid[..., None], -torch.inf).softmax(1)
         dcosine = dscores[:, i, None, None] * weight.masked_fill(~valid[..., None], 0)
-        dwords += dcosine * rnorm * (direction - cosine * unit)
         dcontext = dcosine * context_rnorm * (unit - cosine * direction)
         dalpha = dcontext @ picture.T
         ds = sharp * alpha * (dalpha - (alpha * dalpha).sum(2, True))
         if word_softmax:
             ds = beta * (ds - (beta * ds).sum(1, True))
-        dwords += ds @ picture
+        if of_words:
+            dwords += dcosine * rnorm * (direction - cosine * unit) + ds @ picture
         grad = (ds.transpose(1, 2) @ wide_words + alpha.transpose(1, 2) @ dcontext).sum(0)
         dregions[i] = grad if word_softmax else unit_rows_bwd(grad, raw)
     return dregions.to(regions.dtype), dwords.to(words.dtype)
