@@ -64,7 +64,8 @@ def mmd2(
 
     Raises:
         ValueError: shapes, too few rows, or an estimator that is none of these.
-        TypeError: x or y of no floating dtype, or a kernel that is none.
+        TypeError: x or y of no floating dtype, a kernel that is none, or tensors of several
+            devices.
     """
     check(x, y, kernel, estimator, x_weight, y_weight)
     with torch.autocast(x.device.type, enabled=False):
