@@ -37,8 +37,9 @@ py::dict build_info() {
 
 bool keep_freed_memory() {
 #ifdef __GLIBC__
-  return mallopt(M_MMAP_THRESHOLD, 1 << 30) == 1 &&
-         mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max()) == 1;
+  // glibc before 2.35 takes no more than 32 MiB
+  bool kept = mallopt(M_MMAP_THRESHOLD, 1 << 30) == 1 || mallopt(M_MMAP_THRESHOLD, 32 << 20) == 1;
+  return kept && mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max()) == 1;
 #else
   return false;
 #endif
@@ -50,7 +51,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastxm.";
   m.def("build_info", &build_info, "What was built and the instruction set used on this machine.");
   m.def("keep_freed_memory", &keep_freed_memory,
-        "Lets the process keep the memory that it frees; false where malloc is not glibc's.");
+        "Lets the process keep the memory that it frees (glibc before 2.35: blocks up to 32 MiB); "
+        "false where malloc is not glibc's.");
   m.def("info_nce_fwd_cpu", &fastxm::info_nce_fwd_cpu, release());
   m.def("info_nce_bwd_cpu", &fastxm::info_nce_bwd_cpu, release());
   m.def("mmd_cpu", &fastxm::mmd_cpu, release());

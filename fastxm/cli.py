@@ -315,8 +315,10 @@ def load(path: Path, device: str) -> "XMCGAN":
     from fastxm.ops.memory import keep_freed_memory
     from fastxm.training.precision import pick_device
 
-    keep_freed_memory()
-    return XMCGAN.from_pretrained(find_model(path)).to(pick_device(device))
+    on = pick_device(device)
+    if on.type == "cpu":
+        keep_freed_memory()
+    return XMCGAN.from_pretrained(find_model(path)).to(on)
 
 
 def find_model(path: Path) -> Path:
