@@ -124,6 +124,21 @@ def test_derivatives(options, name):
         assert torch.autograd.gradgradcheck(f, leaves)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_two_runs_and_any_thread_count_give_the_same_bits(options, device):
+    before = torch.get_num_threads()
+    f, all_three, exact = bind(info_nce, options, 300, device), [], []
+    x, y, scale = inputs(300, 300, 300, device)
+    eye = torch.eye(300, device=device)  # products with it do not round, in any order of threads
+    for threads in (1, 3, 3):
+        torch.set_num_threads(threads)
+        all_three.append(gradient(f, (0, 1, 2))(x, y, scale))
+        exact.append([f(x, eye, scale), *gradient(f, (0,))(x, eye, scale)])
+    torch.set_num_threads(before)
+    for one, other in ((exact[0], exact[1]), (exact[1], exact[2]), (all_three[1], all_three[2])):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
 def test_large_logits(device):
     x, y, _ = inputs(130, 130, 2048, device)
     scale = torch.tensor(100.0, device=device)
