@@ -351,10 +351,10 @@ def evaluate(arguments: list[str]) -> None:
             model: a run's directory, or a model's.
             data: "emoji", or a folder of captioned pictures.
             dual_encoder: a run's or a model's directory; one is trained on the data if not given.
-            num_images: pictures drawn for each distance.
+            num_images: pictures drawn for each distance, if the data has twice as many.
             seed: of what is chosen and of the noise.
             device: auto, cpu or cuda.
-            out: where the figures go as JSON too.
+            out: where the figures go as JSON too, with what they were measured of and on.
         """
         from fastxm import DualEncoder, evaluation
         from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
@@ -370,17 +370,46 @@ def evaluate(arguments: list[str]) -> None:
         show(found)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(found, indent=1) + "\n")
+            asked = {"data": data, "num_images": num_images, "seed": seed}
+            report = {**found, "of": {"steps": steps(model), **asked}, "on": conditions(generator)}
+            out.write_text(json.dumps(report, indent=1) + "\n")
 
     parse(run, "evaluate", arguments)
+
+
+def steps(path: Path) -> int | None:
+    """The step of the last checkpoint beside a run's model; None where there is none."""
+    from fastxm.training import checkpoint
+
+    kept = checkpoint.steps(find_model(path).parent / "checkpoints")
+    return int(kept[-1].name.removeprefix(checkpoint.PREFIX)) if kept else None
+
+
+def conditions(model: "XMCGAN") -> dict[str, Any]:
+    """Where and with what a model was measured."""
+    import torch
+
+    from fastxm import doctor
+
+    device = model.generator.first.weight.device
+    return {
+        "processor": doctor.processor(),
+        "cores": doctor.available_cores(),
+        "threads": torch.get_num_threads(),
+        "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "fastxm": fastxm.__version__,
+    }
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
     """The two tables of what `evaluate` measured."""
     console = Console()
-    distances = Table("pictures", Column("EffLite0-FD", justify="right"))
-    for name, value in found["distance"].items():
-        distances.add_row(name, f"{value:.1f}")
+    heads = ("EffLite0-FD", "pictures", "of")
+    distances = Table("", *(Column(head, justify="right") for head in heads))
+    for name, row in found["distance"].items():
+        counts = (f"{row[count]:,}" for count in ("pictures", "sources"))
+        distances.add_row(name, f"{row['EffLite0-FD']:.1f}", *counts)
     console.print(distances)
     if not found["retrieval"]:
         return

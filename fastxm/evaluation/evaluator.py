@@ -1,7 +1,8 @@
 """How good a generator's pictures are: distance to real ones, and whether captions find them.
 
 The distance is "EffLite0-FD": the Frechet distance over pooled features of EfficientNet-Lite0,
-from pictures resized to 224 px. It is no FID, and the two are not to be compared.
+from pictures resized to 224 px. It is no FID, and the two are not to be compared. Fewer
+pictures give a larger one, so each stands with their number.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from fastxm.data import CaptionedImages, open_dataset
 from fastxm.data.cache import track
 from fastxm.data.image_features import image_features
 from fastxm.data.subsets import full_weight, principal
-from fastxm.encoders import EfficientNetLite0, image_encoder
+from fastxm.encoders import EfficientNetLite0
 from fastxm.encoders.dual import DualEncoder
 from fastxm.evaluation.metrics import FeatureStatistics, frechet, retrieval_recall
 
@@ -25,11 +26,16 @@ POOLS = 20  # of captions, over which recall is averaged
 
 
 class TextToImage(Protocol):
-    """What is judged; it can be built anew, untrained, from its config."""
+    """What is judged; it can be built anew, untrained, from its config, and lend its encoder."""
 
     config: Any
 
     def __init__(self, config: Any) -> None: ...
+
+    @property
+    def text_encoder(self) -> Any: ...
+
+    def attach(self, encoder: Any) -> None: ...
 
     def to(self, device: torch.device) -> "TextToImage": ...
 
@@ -41,52 +47,70 @@ def shuffled(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
+def ordinary(
+    dataset: CaptionedImages, encoder: EfficientNetLite0, progress: bool
+) -> tuple[CaptionedImages, Tensor]:
+    """The pictures of full weight (of `emoji`, no skin tones and no flags), and their features."""
+    # features of those that the dual encoder trains on, so that one cache serves both
+    chosen = dataset.select(principal(dataset))
+    features = image_features(chosen, encoder, progress=progress)
+    rows = full_weight(chosen)
+    return chosen.select(rows), features[rows]
+
+
 class FrechetJudge:
     """EffLite0-FD of pictures against real ones of a data set, of full weight.
 
     Args:
         dataset: its pictures of full weight are shuffled; the first `num_images` are the real ones.
-        encoder: of pictures; EfficientNet-Lite0 if not given.
+        encoder: of pictures.
         num_images: at most half of the pictures, so that the others can stand against them.
         seed: of the shuffle.
+        progress: show a progress bar while encoding.
 
     Attributes:
         dataset: the pictures of full weight.
         rows: of it, the real pictures; `other_rows`: as many others.
         real: statistics of the features of `rows`.
-        baseline: the distance of `other_rows`, which a perfect generator would have.
+        others: features [N, 1280] of `other_rows`.
+
+    Raises:
+        ValueError: the data set has fewer than 4 pictures of full weight.
     """
 
     def __init__(
         self,
         dataset: CaptionedImages,
-        encoder: EfficientNetLite0 | None = None,
+        encoder: EfficientNetLite0,
         *,
         num_images: int = 1500,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        self.encoder = image_encoder() if encoder is None else encoder
-        # those of the dual encoder's training, so that one cache serves both
-        chosen = dataset.select(principal(dataset))
-        features = image_features(chosen, self.encoder, progress=progress)
-        rows = full_weight(chosen)
-        self.dataset, features = chosen.select(rows), features[rows]
+        self.encoder = encoder
+        self.dataset, features = ordinary(dataset, encoder, progress)
         order = shuffled(len(features), seed)
         count = min(num_images, len(features) // 2)
         if count < 2:
             raise ValueError(f"a distance needs at least 4 pictures, not {len(features)}")
         self.rows, self.other_rows = order[:count], order[count : 2 * count]
         self.real = FeatureStatistics.of(features[self.rows])
-        self.baseline = self.of_features(features[self.other_rows])
+        self.others = features[self.other_rows]
 
-    def of_features(self, features: Tensor) -> float:
-        """The distance of pictures with the features [N, 1280]."""
-        return frechet(FeatureStatistics.of(features), self.real)
+    def of(self, features: Tensor, sources: int | None = None) -> dict[str, float]:
+        """The distance of pictures with the features [N, 1280].
 
-    def __call__(self, images: Tensor) -> float:
-        """The distance of images [N, 3, H, W] in [0, 1]; N as large as `rows` compares best."""
-        return self.of_features(self.encoder.embed(images))
+        Args:
+            features: of the pictures.
+            sources: of how many pictures of the data set the pictures or their captions are, if
+                fewer than N.
+
+        Returns:
+            "EffLite0-FD"; "pictures", N; "sources".
+        """
+        distance = frechet(FeatureStatistics.of(features), self.real)
+        count = len(features)
+        return {"EffLite0-FD": distance, "pictures": count, "sources": sources or count}
 
 
 @dataclass(frozen=True)
@@ -122,43 +146,52 @@ class Evaluation:
     seed: int
     progress: bool
 
-    def on_training(self) -> dict[str, float]:
+    def on_training(self) -> dict[str, dict[str, float]]:
         """Distances of what stands against training pictures and their captions."""
         judge = self.judge
         captions = Captions.of(judge.dataset, judge.other_rows.numpy(), self.seed).texts
         flat = mean_colours(judge.dataset.select(judge.rows))
-        colours = image_features(flat, judge.encoder, progress=self.progress)
+        blank = replace(self, model=self.untrained())
         return {
-            "training captions": judge.of_features(self.draw(captions, "training captions")),
-            "untrained generator": judge.of_features(
-                replace(self, model=self.untrained()).draw(captions, "untrained")
-            ),
-            "mean colours": judge.of_features(colours),
-            "real against real": judge.baseline,
+            "training captions": judge.of(self.draw(captions, "training captions")),
+            "untrained generator": judge.of(blank.draw(captions, "untrained")),
+            "mean colours": judge.of(image_features(flat, judge.encoder, progress=self.progress)),
+            "real against real": judge.of(judge.others),
         }
 
-    def on_held_out(self, dataset: CaptionedImages) -> tuple[dict[str, float], dict[str, Any]]:
-        """Distances and retrieval of held-out captions and pictures."""
-        chosen = dataset.select(principal(dataset))
-        rows = full_weight(chosen)
-        real = image_features(chosen, self.judge.encoder, progress=self.progress)
-        random, count = np.random.default_rng(self.seed), len(self.judge.rows)
-        turns = [random.permutation(rows) for _ in range(-(-count // len(rows)))]
+    def on_held_out(
+        self, dataset: CaptionedImages
+    ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+        """Distances and retrieval of held-out captions and pictures.
+
+        As many are drawn as of training captions: where fewer pictures are held out, each is drawn
+        of several times, with noise and a choice among its captions anew each time.
+        """
+        judge = self.judge
+        chosen, real = ordinary(dataset, judge.encoder, self.progress)
+        random, count = np.random.default_rng(self.seed), len(judge.rows)
+        turns = [random.permutation(len(chosen)) for _ in range(-(-count // len(chosen)))]
         order = np.concatenate(turns)[:count]
         captions = Captions.of(chosen, order, self.seed)
         drawn = self.draw(captions.texts, "held-out captions")
+        once = order[: len(chosen)]
+        distance = {"held-out captions": judge.of(drawn, len(once))}
+        if len(once) > 1:
+            distance["held-out pictures"] = judge.of(real[once])
+            distance["real against real, as few"] = judge.of(judge.others[: len(once)])
+        return distance, self.retrieval(captions, drawn, real[order])
+
+    def retrieval(self, captions: Captions, drawn: Tensor, real: Tensor) -> dict[str, Any]:
+        """Recall of captions by features [N, 1280] of what was drawn of them, and of real ones."""
         pools = caption_pools(captions, self.pool, self.seed)
         keys = embed_captions(self.dual, captions.texts)
         of = len(pools[0])
-        distance = {"held-out captions": self.judge.of_features(drawn)}
-        if len(rows) > 1:
-            distance["held-out pictures"] = self.judge.of_features(real[rows])
-        retrieval = {
+        found = {
             "generated": pooled_recall(self.dual, drawn, keys, pools),
-            "real": pooled_recall(self.dual, real[order], keys, pools),
+            "real": pooled_recall(self.dual, real, keys, pools),
             "chance": {f"R@{k}": min(k / of, 1.0) for k in KS},
         }
-        return distance, {name: {**found, "of": of} for name, found in retrieval.items()}
+        return {name: {**recall, "of": of} for name, recall in found.items()}
 
     def draw(self, captions: Sequence[str], title: str, chunk: int = 64) -> Tensor:
         """Features [N, 1280] of a picture of each caption, each from noise of its own."""
@@ -173,10 +206,12 @@ class Evaluation:
         return torch.cat(parts)
 
     def untrained(self) -> TextToImage:
-        """The model as it was before its first step, from this seed."""
+        """A model of the same config that never trained: its weights are drawn from this seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return type(self.model)(self.model.config).to(self.dual.device)
+            blank = type(self.model)(self.model.config).to(self.dual.device)
+        blank.attach(self.model.text_encoder)
+        return blank
 
 
 def evaluate(
@@ -201,7 +236,8 @@ def evaluate(
         progress: show progress bars.
 
     Returns:
-        "distance": EffLite0-FD against training pictures, by what was judged;
+        "distance": by what was judged, "EffLite0-FD" against training pictures, "pictures", how
+        many were judged, and "sources", of how many pictures of the data set they are;
         "retrieval": by what was judged, R@1, R@5, R@10, and "of", how many captions;
         empty where the data set holds nothing out.
     """

@@ -1,6 +1,7 @@
 """The commands as a user types them: what they leave, what they say, how they refuse."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -43,6 +44,10 @@ def run(folder, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(folder, monkeypatch):
     monkeypatch.setenv("FASTXM_DATA", str(folder.parent / "cache"))
+
+
+def last_step(run) -> int:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -97,7 +102,8 @@ def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
     from fastxm.training import dual_encoder
 
     recall = {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75, "of": 100}
-    figures = {"distance": {"training captions": 173.0}, "retrieval": {"generated": recall}}
+    distance = {"EffLite0-FD": 173.0, "pictures": 1497, "sources": 346}
+    figures = {"distance": {"held-out captions": distance}, "retrieval": {"generated": recall}}
     asked = []
     judge = torch.nn.Linear(1, 1)
     monkeypatch.setattr(dual_encoder, "cached_dual_encoder", lambda c: asked.append(c) or judge)
@@ -111,9 +117,17 @@ def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
     assert rest == [judge, "here"]
     assert options == {"num_images": 7, "seed": 0}
     said = capsys.readouterr().out
-    for text in ("EffLite0-FD", "173.0", "among 100", "R@10", "0.750"):
+    for text in ("EffLite0-FD", "173.0", "1,497", "346", "among 100", "R@10", "0.750"):
         assert text in said
-    assert json.loads(out.read_text()) == figures
+    report = json.loads(out.read_text())
+    assert report.pop("of") == {"steps": last_step(run), "data": "here", "num_images": 7, "seed": 0}
+    on = report.pop("on")
+    assert (on["torch"], on["fastxm"], on["GPU"]) == (torch.__version__, fastxm.__version__, None)
+    assert on["cores"] >= 1
+    assert on["processor"]
+    assert report == figures
+    shutil.copytree(run / "model", out.parent / "model")
+    assert cli.steps(out.parent) is None
     missing = str(tmp_path / "absent")
     assert "no model in" in refused(capsys, "evaluate", *flags, "--dual-encoder", missing)
 
