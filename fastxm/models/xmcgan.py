@@ -275,16 +275,16 @@ class XMCGAN(Pretrained):
 
     @property
     def text_encoder(self) -> Any:
-        """The frozen encoder that the config names, loaded when first asked for."""
+        """The frozen encoder that the config names, loaded when first asked for, on our device."""
         if not self._encoder:
             from fastxm.encoders import text_encoder
 
             name, options = self.config.text_encoder, {"sentence": self.config.sentence}
             self.attach(text_encoder(name, max_length=self.config.words, **options))
-        return self._encoder[0]
+        return self._encoder[0].to(self.generator.first.weight.device)
 
     def attach(self, encoder: Any) -> None:
-        """Uses this text encoder: encoder(list of captions) has words, sentence and lengths."""
+        """Uses this text encoder, a module: encoder(captions) has words, sentence and lengths."""
         if encoder.width != self.config.text_width:
             raise ValueError(
                 f"the model reads text features of width {self.config.text_width}, "
@@ -330,18 +330,19 @@ class XMCGAN(Pretrained):
             if value not in known:
                 raise ValueError(f"{name} is one of {known}, not {value!r}")
         noise = self.noise(len(captions), num_images, seed)
-        texts = [text for text in captions for _ in range(num_images)]
+        text = [part.repeat_interleave(num_images, 0) for part in self.encode(captions, batch_size)]
         device, dtype = self.generator.first.weight.device, PRECISIONS[precision]
         network = torch.compile(self.generator) if compile else self.generator
-        pictures = []
+        rows = zip(*(part.split(batch_size) for part in (noise.to(device), *text)))
         with evaluating(self.generator), torch.autocast(device.type, dtype, enabled=bool(dtype)):
-            for start in range(0, len(texts), batch_size):
-                stop = start + batch_size
-                text = self.text_encoder(texts[start:stop])
-                inputs = (noise[start:stop], text.words, text.sentence, text.lengths)
-                pictures.append(network(*(t.to(device) for t in inputs)).float().cpu())
-        images = torch.cat(pictures)
+            images = torch.cat([network(*row).float().cpu() for row in rows])
         return to_pil(images) if output == "pil" else images
+
+    def encode(self, captions: list[str], batch_size: int) -> list[Tensor]:
+        """words [B, T, E], sentence [B, E] and lengths [B] of B captions, each encoded once."""
+        starts = range(0, len(captions), batch_size)
+        parts = [self.text_encoder(captions[start : start + batch_size]) for start in starts]
+        return [torch.cat([getattr(p, n) for p in parts]) for n in ("words", "sentence", "lengths")]
 
     def noise(self, captions: int, num_images: int, seed: int | None) -> Tensor:
         """[captions * num_images, z_dim]; with a seed, picture k of every caption has the same."""

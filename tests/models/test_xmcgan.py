@@ -15,12 +15,12 @@ from fastxm.nn.blocks import Conv2d, upsample
 TINY = {"image_size": 64, "gf": 4, "df": 4, "z_dim": 8, "cond_dim": 8, "text_width": 12}
 
 
-class Letters:
+class Letters(torch.nn.Module):
     """A text encoder whose features are waves that depend on the caption alone."""
 
     width = TINY["text_width"]
 
-    def __call__(self, captions):
+    def forward(self, captions):
         words = torch.stack([waves((5, self.width), 0.1 + len(c), 0.3) for c in captions])
         lengths = torch.tensor([min(5, 1 + len(c)) for c in captions])
         return SimpleNamespace(words=words, sentence=words.mean(1), lengths=lengths)
@@ -285,6 +285,33 @@ def test_generate_is_a_function_of_seed_and_caption():
     assert not torch.allclose(pictures[0], pictures[1])
     assert not torch.allclose(pictures[0], pictures[3])
     assert not torch.allclose(alone, model.generate(["bcd"], num_images=2, seed=8))
+
+
+class Multiplied(Letters):
+    """An encoder with a matrix product, which autocast would round; it counts its captions."""
+
+    def __init__(self):
+        super().__init__()
+        self.product, self.seen = torch.nn.Linear(self.width, self.width), []
+
+    def forward(self, captions):
+        self.seen += captions
+        text = super().forward(captions)
+        return SimpleNamespace(**{**vars(text), "words": self.product(text.words)})
+
+
+def test_generate_encodes_each_caption_once_as_training_does():
+    model, encoder, given = tiny(), Multiplied(), []
+    model.attach(encoder)
+    captions = ["a", "bcd", "ef"]
+    with torch.no_grad():
+        expected = encoder(captions)  # training encodes outside autocast
+    encoder.seen.clear()
+    model.generator.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1:]))
+    model.generate(captions, num_images=2, batch_size=4, precision="bf16")
+    assert encoder.seen == captions
+    for found, name in zip(zip(*given), ("words", "sentence", "lengths")):
+        assert torch.equal(torch.cat(found), getattr(expected, name).repeat_interleave(2, 0)), name
 
 
 def test_generate_options():
