@@ -39,7 +39,7 @@ class DualEncoderTraining:
     lr: float = 1e-3
     """AdamW's first step; it falls to 0 along a cosine."""
     weight_decay: float = 0.1
-    """AdamW's."""
+    """AdamW's, of matrices."""
     seed: int = 0
     """Of weights, order, captions and dropout."""
 
@@ -102,7 +102,7 @@ def train_dual_encoder(
     train = open_dataset(config.data, config.image_size, "train", progress=progress)
     held_out = open_dataset(config.data, config.image_size, "val", progress=progress)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # the CUDA ones stay as they are
         model = DualEncoder(config.model)
         fit(model, Pairs.of(train, model, progress), config, progress)
     if len(held_out) == 0:
@@ -114,9 +114,7 @@ def fit(model: DualEncoder, pairs: Pairs, config: DualEncoderTraining, progress:
     """Trains the heads on these pairs."""
     model.standardise(pairs.images)
     model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(groups(model, config.weight_decay), config.lr, fused=True)
     updates = config.epochs * -(-len(pairs) // config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     counts = torch.from_numpy(pairs.captions)
@@ -133,6 +131,16 @@ def fit(model: DualEncoder, pairs: Pairs, config: DualEncoderTraining, progress:
             optimizer.step()
             schedule.step()
     model.eval()
+
+
+def groups(model: DualEncoder, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters as AdamW takes them: matrices decay, biases and the temperature do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 @torch.no_grad()
@@ -158,7 +166,7 @@ def cached_dual_encoder(
     config = config or DualEncoderTraining()
     train = open_dataset(config.data, config.image_size, "train", progress=progress)
     made_of = {
-        "format": 1,
+        "format": 2,
         "pictures": train.cache_dir.name,
         "captions": digest([train.ids, train.captions]),
         "config": {**dataclasses.asdict(config), "data": train.name},
