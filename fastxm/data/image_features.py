@@ -13,7 +13,7 @@ from fastxm.data.cache import build_once, digest, track
 if TYPE_CHECKING:
     from fastxm.data.captioned import CaptionedImages
 
-CHUNK = 16  # pictures encoded at a time
+CHUNK = 256  # pictures read at a time; the encoder splits them as its device likes
 
 
 class ImageEncoder(Protocol):

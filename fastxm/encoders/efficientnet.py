@@ -135,10 +135,11 @@ class EfficientNetLite0(Frozen):
         return self.classifier(self(images))
 
     @torch.no_grad()
-    def embed(self, images: Tensor, *, batch_size: int = 16) -> Tensor:
+    def embed(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Pooled features [N, 1280] of many images [N, 3, H, W] in [0, 1], a few at a time."""
-        # at 16 pictures the maps stay in a CPU's cache: twice the speed of 64
         device = self.classifier.weight.device
+        # at 16 pictures the maps stay in a CPU's cache: twice the speed of 64
+        batch_size = batch_size or (16 if device.type == "cpu" else 256)
         parts = [self(part.to(device)) for part in images.split(batch_size)]
         return torch.cat(parts) if len(images) else images.new_zeros(0, self.width)
 
