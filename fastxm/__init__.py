@@ -1,4 +1,7 @@
-"""fastxm: cross-modal generators and contrastive losses on fused CPU, CUDA and Triton kernels."""
+"""fastxm: cross-modal generators, contrastive losses, kernel MMD and modulation on fused kernels.
+
+C++ for the CPU throughout; CUDA and Triton for the modulation.
+"""
 
 from importlib import import_module, metadata
 from typing import Any
