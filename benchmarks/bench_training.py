@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastxm.training.xmcgan as recipes
 from fastxm import losses
 from fastxm.models.xmcgan import XMCGANConfig
+from fastxm.ops.memory import keep_freed_memory
 from fastxm.training.xmcgan import XMCGANRecipe, XMCGANTraining
 
 SIZES = {
@@ -188,6 +189,8 @@ def run(argv: list[str] | None = None) -> list[dict]:
     shapes = [parse_shape(s, usual[0]) for s in args.shapes] if args.shapes else usual
     env = environment(args.device)
     folder = output_folder(args, env)
+    if args.device == "cpu":
+        keep_freed_memory()  # as the trainer does; of use to all variants
     rows: list[dict] = []
     for shape in shapes:
         torch._dynamo.reset()

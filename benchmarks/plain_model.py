@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastxm.nn.blocks import DownBlock, FirstDownBlock, UpBlock, upsample
 from fastxm.nn.modulation import AttentionalModulation, ModulatedNorm
-from fastxm.nn.spectral import Spectral, SpectralConv2d
+from fastxm.nn.spectral import EPS, Spectral, SpectralConv2d, SpectralLinear, unit
 from fastxm.ops.dispatch import wide
 
 
@@ -65,10 +65,22 @@ class PlainUpBlock(UpBlock):
         return h + self.skip(upsample(x, self.conv1.up))
 
 
-class PlainSpectralConv2d(SpectralConv2d):
+class PlainSpectral(Spectral):
     def normalised(self) -> Tensor:
-        return Spectral.normalised(self)
+        w = self.weight.flatten(1)
+        with torch.no_grad():
+            v = unit(self.u @ w)
+            u = unit(w @ v)
+            if self.training:
+                self.u.copy_(u)
+        return self.weight / (u @ (w @ v) + EPS)
 
+
+class PlainSpectralLinear(PlainSpectral, SpectralLinear):  # type: ignore[misc]
+    pass
+
+
+class PlainSpectralConv2d(PlainSpectral, SpectralConv2d):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv2d(x, self.kernel(), self.bias, padding=self.padding)
         return F.avg_pool2d(y, 2) if self.down else y
@@ -90,6 +102,7 @@ PLAIN = {
     ModulatedNorm: PlainNorm,
     UpBlock: PlainUpBlock,
     SpectralConv2d: PlainSpectralConv2d,
+    SpectralLinear: PlainSpectralLinear,
     FirstDownBlock: PlainFirstDownBlock,
     DownBlock: PlainDownBlock,
 }

@@ -46,13 +46,17 @@ class Spectral(nn.Module):
         self.register_buffer("u", 0.01 * torch.randn(self.weight.shape[0]))
 
     def kernel(self) -> Tensor:
-        """What multiplies the input."""
-        return self.normalised() if self.held is None else self.held
+        """What multiplies the input, in autocast's dtype if any."""
+        if self.held is not None:
+            return self.held
+        weight, kind = self.normalised(), self.weight.device.type
+        if torch.is_autocast_enabled(kind):  # here, so that a kernel that is held is cast once
+            weight = weight.to(torch.get_autocast_dtype(kind))
+        return weight
 
     def normalised(self) -> Tensor:
-        """The weight over its largest singular value, as estimated, in autocast's dtype if any."""
-        kind = self.weight.device.type
-        with torch.autocast(kind, enabled=False):  # float32 until then
+        """The weight over its largest singular value, as estimated, in float32."""
+        with torch.autocast(self.weight.device.type, enabled=False):
             with torch.no_grad():
                 w = rows(self.weight)
                 v = unit(self.u @ w)  # [K]
@@ -60,10 +64,7 @@ class Spectral(nn.Module):
                 u = unit(wv)  # [C_out]
                 if self.training:
                     self.u.copy_(u)
-            weight = DivideBySigma.apply(self.weight, u, v, 1 / (u @ wv + EPS))
-        if torch.is_autocast_enabled(kind):  # here, so that a kernel that is held is cast once
-            weight = weight.to(torch.get_autocast_dtype(kind))
-        return weight
+            return DivideBySigma.apply(self.weight, u, v, 1 / (u @ wv + EPS))
 
 
 class DivideBySigma(torch.autograd.Function):
@@ -124,9 +125,9 @@ class SpectralLinear(Spectral, nn.Linear):  # type: ignore[misc]
 def normalised_once(network: nn.Module) -> Iterator[None]:
     """Inside, the network may be called more than once, all with one step of power iteration."""
     layers = [module for module in network.modules() if isinstance(module, Spectral)]
-    for layer in layers:
-        layer.held = layer.normalised()
     try:
+        for layer in layers:
+            layer.held = layer.kernel()
         yield
     finally:
         for layer in layers:

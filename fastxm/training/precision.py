@@ -1,11 +1,13 @@
 """Where and how arithmetic is done: device, autocast, loss scaling, seeds."""
 
+import os
 import random
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import numpy as np
 import torch
+from torch.utils import deterministic
 
 Precision = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -39,9 +41,16 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def seed_all(seed: int) -> None:
-    """Seeds every global random generator; cuDNN keeps to algorithms that repeat."""
-    torch.backends.cudnn.deterministic = True
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seeds every global random generator; a GPU keeps to algorithms that repeat.
+
+    Where PyTorch has none, it warns: the gradient of an antialiased resize, which only the
+    pretrained image loss takes.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats with it alone
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

@@ -136,7 +136,6 @@ class Loop:
     def __init__(self, recipe: Recipe, out: Path, loop: LoopConfig, log: RunLog, at: Progress):
         self.recipe, self.out, self.loop, self.log, self.at = recipe, out, loop, log, at
         self.batches = iter(recipe.batches)
-        self.resumed_at = at.step
         self.saved_at = at.step
         self.grid: Path | None = None
         self.grid_at = -1
@@ -189,8 +188,10 @@ class Loop:
         raise NonFiniteLoss(f"training diverged: {what}; {where}")
 
     def draw(self) -> None:
+        if self.grid_at == self.at.step:
+            return
         samples = self.recipe.sample()
-        if samples is not None and self.grid_at != self.at.step:
+        if samples is not None:
             self.grid = self.log.samples(self.at.step, samples.images, samples.captions)
             self.grid_at = self.at.step
 

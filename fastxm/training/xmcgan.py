@@ -112,7 +112,7 @@ class XMCGANRecipe(Recipe):
 
     def build(self) -> None:
         config = self.config
-        seed_all(config.seed)
+        seed_all(config.seed, self.device)
         encoder = text_encoder(config.model.text_encoder, max_length=config.model.words)
         if encoder.width != config.model.text_width:
             name, width = config.model.text_encoder, config.model.text_width
@@ -126,6 +126,7 @@ class XMCGANRecipe(Recipe):
             "discriminator": self.player(self.discriminator, config.lr_d),
         }
         self.ema = EMA(self.generator, config.ema_decay, ramp=config.ema_ramp)
+        self.statistics_of: int | None = None  # the update whose average has its own statistics
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.features = self.pretrained() if config.pretrained_weight else None
         if config.compile:
@@ -180,7 +181,7 @@ class XMCGANRecipe(Recipe):
         of_real, of_fake = self.judge(batch, fake)
         loss, _ = self.discriminator_loss(of_real, of_fake, batch)
         parameters = list(self.model.discriminator.parameters())
-        self.update({"discriminator": torch.autograd.grad(self.scaler.scale(loss), parameters)})
+        self.update({"discriminator": gradients(self.scaler.scale(loss), parameters)})
 
     def joint_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of both players from one forward of each."""
@@ -192,8 +193,8 @@ class XMCGANRecipe(Recipe):
         scale = self.scaler.scale
         self.update(
             {
-                "discriminator": torch.autograd.grad(scale(loss_d), d, retain_graph=True),
-                "generator": torch.autograd.grad(scale(loss_g), g),
+                "discriminator": gradients(scale(loss_d), d, retain_graph=True),
+                "generator": gradients(scale(loss_g), g),
             }
         )
         metrics = {"loss_d": loss_d, "loss_g": loss_g, **of_d, **of_g}
@@ -275,10 +276,11 @@ class XMCGANRecipe(Recipe):
     @torch.no_grad()
     def average(self) -> Generator:
         """The generator's moving average, ready to draw; what training does next stays the same."""
-        network = self.ema.network
-        if self.config.ema_statistics == "own":
+        network, updates = self.ema.network, self.ema.updates
+        if self.config.ema_statistics == "own" and self.statistics_of != updates:
             with autocast(self.config.precision, self.device):
                 take_statistics(network, self.random_inputs(STATISTICS))
+            self.statistics_of = updates
         return network
 
     def random_inputs(self, batches: int) -> Iterator[tuple[Tensor, ...]]:
@@ -308,6 +310,7 @@ class XMCGANRecipe(Recipe):
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
+        self.statistics_of = None
         self.scaler.load_state_dict(state["scaler"])
 
     def export(self, directory: Path) -> None:
@@ -316,6 +319,15 @@ class XMCGANRecipe(Recipe):
             self.model.save_pretrained(directory)
         finally:
             self.model.generator = live
+
+
+def gradients(
+    loss: Tensor, parameters: list[nn.Parameter], *, retain_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """The gradients of a loss; zero of parameters that only losses of weight 0 reach."""
+    return torch.autograd.grad(
+        loss, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )
 
 
 def as_laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
