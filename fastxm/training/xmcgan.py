@@ -49,6 +49,8 @@ class XMCGANTraining:
     """Adam's step of the generator."""
     lr_d: float = 4e-4
     """Adam's step of the discriminator."""
+    d_warmup: int = 0
+    """Steps over which the discriminator's rises from 0 to lr_d, in proportion."""
     beta1: float = 0.5
     """Adam's decay of the mean."""
     beta2: float = 0.999
@@ -91,6 +93,8 @@ class XMCGANTraining:
         for name in ("lr_g", "lr_d"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.d_warmup < 0:
+            raise ValueError(f"d_warmup must be at least 0, not {self.d_warmup}")
 
 
 class XMCGANRecipe(Recipe):
@@ -167,12 +171,19 @@ class XMCGANRecipe(Recipe):
         self.discriminator = torch.compile(self.discriminator, fullgraph=True)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
+        self.warm_up()
         *alone, joint = split(batch, self.config.d_steps_per_g)
         for part in alone:
             self.discriminator_step(part)
         metrics = self.joint_step(joint)
         self.ema.update(self.model.generator)
         return metrics
+
+    def warm_up(self) -> None:
+        """Sets the discriminator's step size: a sharp judge at once leaves a generator behind."""
+        share = min(1.0, (self.ema.updates + 1) / max(1, self.config.d_warmup))
+        for group in self.players["discriminator"].optimizer.param_groups:
+            group["lr"] = self.config.lr_d * share
 
     def discriminator_step(self, batch: Batch) -> None:
         """One update of the discriminator; the generator's running statistics do not move."""

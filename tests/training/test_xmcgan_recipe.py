@@ -167,6 +167,22 @@ def test_weights_of_the_losses(folder):
         torch.testing.assert_close(metrics[f"loss_{p}"], parts)
 
 
+def test_the_discriminator_warms_up(folder):
+    ours, state = recipe(folder, d_warmup=4, lr_d=4e-4), None
+    ours.build()
+    sizes = []
+    for _, batch in zip(range(6), ours.batches):
+        if len(sizes) == 2:  # as if resumed
+            state = copy.deepcopy(ours.state_dict())
+            ours = recipe(folder, d_warmup=4, lr_d=4e-4)
+            ours.build()
+            ours.load_state_dict(state)
+        ours.step(batch)
+        sizes.append(ours.players["discriminator"].optimizer.param_groups[0]["lr"])
+    assert sizes == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4, 4e-4])
+    assert ours.players["generator"].optimizer.param_groups[0]["lr"] == ours.config.lr_g
+
+
 @pytest.mark.parametrize("loss", ["word", "sentence", "image"])
 def test_a_loss_of_weight_0_is_left_out(folder, loss):
     ours = recipe(folder, **{f"{loss}_weight": 0.0})
