@@ -8,6 +8,7 @@
 
 #include <limits>
 
+#include "cpu/gemm.h"
 #include "cpu/info_nce.h"
 #include "cpu/mmd.h"
 #include "cpu/modulation.h"
@@ -53,6 +54,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("keep_freed_memory", &keep_freed_memory,
         "Lets the process keep the memory that it frees (glibc before 2.35: blocks up to 32 MiB); "
         "false where malloc is not glibc's.");
+  m.def("gemm_cpu", &fastxm::gemm_cpu, release());
+  m.def("gemm_level", &fastxm::gemm_level, "Element of the widest tile kernel of this machine.");
+  m.def("gemm_pack_cpu", &fastxm::gemm_pack_cpu, release());
   m.def("info_nce_fwd_cpu", &fastxm::info_nce_fwd_cpu, release());
   m.def("info_nce_bwd_cpu", &fastxm::info_nce_bwd_cpu, release());
   m.def("mmd_cpu", &fastxm::mmd_cpu, release());

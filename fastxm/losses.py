@@ -53,7 +53,7 @@ def region_word_loss(
     """XMC-GAN's word loss: text i and picture i belong together, the sum of the two directions.
 
     Args:
-        regions: [B, R, D], region features of each picture.
+        regions: [B, R, D], region features of each picture; products are taken in their dtype.
         words: [B, T, D], word features of each text.
         lengths: [B], the number of words of each text.
         attention_sharpness: gamma_1, of the softmax over regions.
@@ -65,7 +65,7 @@ def region_word_loss(
     """
     scores = score_scale * region_word_scores(
         regions,
-        words,
+        words.to(regions.dtype),
         lengths,
         attention_sharpness=attention_sharpness,
         pooling_sharpness=pooling_sharpness,

@@ -113,7 +113,7 @@ FASTXM_INLINE void gradient_row(T* s, const T* alpha, T* h, T* g, std::int64_t R
   for (std::int64_t r = 0; r < R; ++r) {
     g[r] = sharp * alpha[r] * (g[r] - inner);
     s[r] = ddot * alpha[r];
-    h[r] = dsquare * alpha[r];
+    h[r] = 2 * dsquare * alpha[r];
   }
 }
 

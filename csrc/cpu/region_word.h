@@ -22,7 +22,7 @@ void region_word_pool_cpu(bool float64, std::uintptr_t a, std::uintptr_t b, std:
                           std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,
                           double pool, std::uintptr_t scores, std::int64_t stride, int threads);
 
-// Turns s into ds and h into alpha d|c|^2 (a factor a word), and writes radial [P, K], what each
+// Turns s into ds and h into 2 alpha d|c|^2 (a factor a word), and writes radial [P, K], what each
 // word's own norm gives: dw = ... + radial w. dscores [texts, P], `stride` from text to text.
 void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t alpha, std::uintptr_t h,
                          std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,

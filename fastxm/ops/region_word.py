@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastxm.ops import dispatch
 from fastxm.ops import region_word_blocks as blocks
+from fastxm.ops import region_word_products as products
 from fastxm.ops import region_word_reference as reference
 
 
@@ -64,7 +65,7 @@ def region_word_scores(
         raise ValueError("region_word_scores needs at least one region and one word")
     words = words.masked_fill(~reference.valid_words(words, lengths)[..., None], 0)
     if not word_softmax:
-        words = dispatch.unit_rows(words)
+        words = dispatch.unit_rows(words).to(products.of(regions, words).dtype)
     options = (float(attention_sharpness), float(pooling_sharpness), word_softmax)
     keep = torch.is_grad_enabled() and (regions.requires_grad or words.requires_grad)
     return _fwd(regions, words, lengths, *options, keep)[0]
@@ -87,7 +88,7 @@ def _fwd(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = dispatch.wide_dtype(regions, words)
-    kept = words.new_empty(blocks.kept_shape(regions, words, keep), dtype=dtype)
+    kept = words.new_empty(products.kept_shape(regions, words, keep), dtype=dtype)
     with torch.autocast(words.device.type, enabled=False):  # regions may stay in half precision
         args = (regions, words, lengths, kept, sharp, pool, word_softmax)
         return _backend(words).fwd(*args), kept
@@ -114,7 +115,7 @@ def _bwd(
 @_fwd.register_fake
 def _(regions, words, lengths, sharp, pool, word_softmax, keep):
     dtype = dispatch.wide_dtype(regions, words)
-    shapes = ((len(words), len(regions)), blocks.kept_shape(regions, words, keep))
+    shapes = ((len(words), len(regions)), products.kept_shape(regions, words, keep))
     return tuple(words.new_empty(shape, dtype=dtype) for shape in shapes)
 
 

@@ -12,39 +12,30 @@ import torch
 from torch import Tensor
 
 from fastxm import _C
+from fastxm.ops import region_word_products as products
 from fastxm.ops.dispatch import threads, wide_dtype
 from fastxm.ops.region_word_reference import EPS, valid_words
 
 BLOCK = 8 << 20  # bytes that s, alpha and h may take together: they are to stay in the cache
-KEPT = 64 << 20  # bytes of s and the contexts (or h) that the forward keeps for the backward
 
 
-def gram(regions: Tensor, words: Tensor) -> bool:
-    """Whether |c|^2 comes from r rᵀ: cheaper with many words; but of few regions c may be
-    much shorter than they are, and alpha (r rᵀ) would lose its digits."""
-    (R, D), K = regions.shape[1:], words.shape[0] * words.shape[1]
-    return R > 32 and R * (D + K) < K * D
-
-
-def kept_shape(regions: Tensor, words: Tensor, keep: bool) -> tuple[int, ...]:
-    """The shape of what every forward keeps: all of s and the contexts (or h), or nothing."""
-    (P, R, D), K = regions.shape, words.shape[0] * words.shape[1]
-    width = R + (R if gram(regions, words) else D)
-    few = P * K * width * wide_dtype(regions, words).itemsize <= KEPT
-    return (P, K, width) if keep and few and regions.device.type == "cpu" else (0, 0, 0)
+def _norm(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """[.., 1]: the norms of rows, at least 1e-6."""
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype).clamp_min_(EPS**0.5)
 
 
 class _Words:
     """The words of all texts, packed, and the options."""
 
     def __init__(self, regions, words, lengths, sharp, pool, word_softmax):
-        self.gram = gram(regions, words)
+        self.gram, self.products = products.gram(regions, words), products.of(regions, words)
         self.valid, self.texts = valid_words(words, lengths), len(words)
-        self.packed = words[self.valid]  # [K, D]
+        self.packed = words[self.valid].to(self.products.dtype)  # [K, D]
         self.starts = torch.nn.functional.pad(self.valid.sum(1).cumsum(0), (1, 0))
-        self.rnorm = self.packed.square().sum(1).clamp_min(EPS).rsqrt()
+        self.wide = wide_dtype(regions, words)
+        self.rnorm = _norm(self.packed, self.wide).reciprocal()
         self.sharp, self.pool, self.word_softmax = sharp, pool, word_softmax
-        self.float64 = words.dtype == torch.float64
+        self.float64 = self.wide == torch.float64
 
 
 class _Block:
@@ -55,10 +46,8 @@ class _Block:
         self.words, self.every_words = words, words.packed.expand(P, K, D)
         (self.picture, self.grad, self.s, self.alpha, self.h, self.inner, self.dots, self.square,
          self.radial) = (room[:P] for room in rooms)  # fmt: skip
-        self.picture.copy_(regions)
-        if not words.word_softmax:
-            self.norm = torch.linalg.vector_norm(self.picture, dim=2, keepdim=True)
-            self.picture.div_(self.norm.clamp_min_(EPS**0.5))
+        self.norm = torch.ones(()) if words.word_softmax else _norm(regions, words.wide)
+        torch.div(regions, self.norm, out=self.picture)
         self.product = self.h if words.gram else self.inner
         self.sizes = (words.starts.data_ptr(), words.texts, P)
 
@@ -66,7 +55,7 @@ class _Block:
         """Writes the blocks, and scores [B_text, P]: address or 0, stride. Takes what is kept."""
         words, (K, R) = self.words, self.s.shape[1:]
         if kept is None:
-            torch.bmm(self.every_words, self.picture.mT, out=self.s)
+            words.products.with_regions(self.every_words, self.picture, self.s)
         else:
             self.s.copy_(kept[:, :K, :R])
             self.product.copy_(kept[:, :K, R:])
@@ -75,9 +64,10 @@ class _Block:
             *(*self.sizes, R, words.sharp, words.word_softmax, threads()),
         )
         if kept is None and words.gram:
-            torch.bmm(self.picture, self.picture.mT, out=self.inner)
+            words.products.with_regions(self.picture, self.picture, self.inner)
         if kept is None:
-            torch.bmm(self.alpha, self.inner if words.gram else self.picture, out=self.product)
+            of = self.inner if words.gram else self.picture
+            words.products.contexts(self.alpha, of, self.product)
         a = self.alpha if words.gram else self.inner
         _C.region_word_pool_cpu(
             *(words.float64, a.data_ptr(), self.product.data_ptr(), a.shape[2]),
@@ -89,20 +79,20 @@ class _Block:
         """Turns s into ds, writes radial [P, K], and returns the gradient of the regions."""
         words, R = self.words, self.s.shape[2]
         if not words.gram:
-            torch.bmm(self.inner, self.picture.mT, out=self.h)
-        _C.region_word_bwd_cpu(  # h becomes alpha d|c|^2
+            words.products.with_regions(self.inner, self.picture, self.h)
+        _C.region_word_bwd_cpu(  # h becomes 2 alpha d|c|^2
             *(words.float64, self.s.data_ptr(), self.alpha.data_ptr(), self.h.data_ptr()),
             *(self.dots.data_ptr(), words.rnorm.data_ptr(), self.square.data_ptr(), *self.sizes),
             *(R, words.sharp, words.pool, words.word_softmax, dscores.data_ptr()),
             *(dscores.stride(0), self.radial.data_ptr(), threads()),
         )
-        grad = torch.bmm(self.s.mT, self.every_words, out=self.grad)
         if words.gram:
             torch.bmm(self.alpha.mT, self.h, out=self.inner)
-        pair = (self.inner, self.picture) if words.gram else (self.h.mT, self.inner)
-        grad.baddbmm_(*pair, alpha=2)
+        pair = (self.inner, self.picture) if words.gram else (self.h, self.inner)
+        words.products.to_regions(self.s, self.every_words, *pair, self.grad)
+        grad = self.grad
         if not words.word_softmax:  # orthogonal to the rows, but where a norm was too small to use
-            along = torch.linalg.vecdot(grad, self.picture)[..., None]
+            along = torch.linalg.vecdot(grad, self.picture.to(grad.dtype))[..., None]
             along.masked_fill_(self.norm <= EPS**0.5, 0)
             grad.addcmul_(along, self.picture, value=-1).div_(self.norm)
         return grad
@@ -114,13 +104,14 @@ def _blocks(words: _Words, regions: Tensor) -> Iterator[tuple[slice, _Block]]:
     P = max(1, min(B, BLOCK // max(1, 3 * K * R * words.packed.element_size())))
     inner = (R, R) if words.gram else (K, D)  # r rᵀ, or the contexts
     shapes = ((R, D), (R, D), (K, R), (K, R), (K, R), inner, (K,), (K,), (K,))
-    rooms = [words.packed.new_empty(P, *shape) for shape in shapes]
+    dtypes = [words.products.dtype] + [words.wide] * 8
+    rooms = [regions.new_empty(P, *s, dtype=dtype) for s, dtype in zip(shapes, dtypes)]
     for i in range(0, B, P):
         yield slice(i, i + P), _Block(words, regions[i : i + P], rooms)
 
 
 def fwd(regions, words, lengths, kept, *options) -> Tensor:
-    packed = _Words(regions, words.to(kept.dtype), lengths, *options)
+    packed = _Words(regions, words, lengths, *options)
     R, K = regions.shape[1], len(packed.packed)
     scores = kept.new_empty(len(words), len(regions))
     for some, block in _blocks(packed, regions):
@@ -132,17 +123,18 @@ def fwd(regions, words, lengths, kept, *options) -> Tensor:
 
 def bwd(dscores, regions, words, lengths, kept, *options, of_words) -> tuple[Tensor, Tensor]:
     dscores = dscores.contiguous()
-    packed = _Words(regions, words.to(dscores.dtype), lengths, *options)
+    packed = _Words(regions, words, lengths, *options)
     # NaN is the mark of a backend that keeps nothing; one of the inputs' comes again
     again = not len(kept) or bool(kept[0, : len(packed.packed), 0].isnan().any())
-    dpacked, dregions = torch.zeros_like(packed.packed), torch.empty_like(regions)
+    dpacked = torch.zeros_like(packed.packed, dtype=packed.wide)
+    dregions = torch.empty_like(regions)
     for some, block in _blocks(packed, regions):
         block.forward((0, 0), None if again else kept[some])
         dregions[some] = block.backward(dscores[:, some])
         if of_words:
             dpacked.addcmul_(block.radial.sum(0)[:, None], packed.packed)
             for ds, picture in zip(block.s, block.picture):
-                dpacked.addmm_(ds, picture)
+                packed.products.to_words(ds, picture, dpacked)
     if not of_words:
         return dregions, words.new_empty(0)
     dwords = torch.zeros_like(words)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from check import gradient, no_worse
 
-from fastxm.ops import backend, region_word_blocks, region_word_scores
+from fastxm.ops import backend, region_word_blocks, region_word_products, region_word_scores
 from fastxm.ops.region_word import _bwd, _fwd
 
 SHAPES = [  # B_image, R, D, B_text, T
@@ -28,23 +28,28 @@ FORMS = [
 def _blocks(monkeypatch, request):
     monkeypatch.setattr(region_word_blocks, "BLOCK", 20_000)  # bytes: one picture, some, or all
     if not request.param:
-        monkeypatch.setattr(region_word_blocks, "KEPT", 0)
+        monkeypatch.setattr(region_word_products, "KEPT", 0)
 
 
 def formula(regions, words, lengths, attention_sharpness=5.0, pooling_sharpness=5.0,
             word_softmax=False):  # fmt: skip
-    """Pair by pair, with the context vectors."""
-    dtype = torch.promote_types(regions.dtype, torch.float32)
+    """Pair by pair, with the context vectors; products of half precision, the rest float32."""
+    given = regions.dtype
+    dtype = torch.promote_types(given, torch.float32)
     regions, words = regions.to(dtype), words.to(dtype)
+
+    def product(a, b):
+        return (a.to(given) @ b.to(given)).to(dtype)
+
     rows = []
     for text, n in zip(words, lengths.tolist()):
         w, row = text[:n], []
         for r in regions:
             if not word_softmax:
                 r, w = F.normalize(r, dim=1), F.normalize(w, dim=1)
-            s = w @ r.T
+            s = product(w, r.T)
             s = s.softmax(0) if word_softmax else s
-            context = (attention_sharpness * s).softmax(1) @ r
+            context = product((attention_sharpness * s).softmax(1), r)
             m = F.cosine_similarity(w, context, dim=1, eps=1e-12)
             row.append((pooling_sharpness * m).logsumexp(0) / pooling_sharpness)
         rows.append(torch.stack(row))

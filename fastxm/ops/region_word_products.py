@@ -1,0 +1,80 @@
+"""The matrix products of region-word scores, of [P, K, R] blocks and regions [P, R, D]."""
+
+import torch
+from torch import Tensor
+
+from fastxm.ops import gemm
+from fastxm.ops.dispatch import wide_dtype
+
+KEPT = 64 << 20  # bytes of s and the contexts (or h) that the forward keeps for the backward
+
+
+class Vendor:
+    """In the dtype of statistics, float32 or float64."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def with_regions(self, rows: Tensor, regions: Tensor, out: Tensor) -> None:
+        """out [P, K, R] = rows [P, K, D] regionsᵀ."""
+        torch.bmm(rows, regions.mT, out=out)
+
+    def contexts(self, alpha: Tensor, regions: Tensor, out: Tensor) -> None:
+        """out [P, K, D] = alpha [P, K, R] regions."""
+        torch.bmm(alpha, regions, out=out)
+
+    def to_regions(self, ds: Tensor, words: Tensor, h: Tensor, contexts: Tensor, out: Tensor):
+        """out [P, R, D] = dsᵀ words + hᵀ contexts, of [P, K, R] and [P, K, D]."""
+        torch.bmm(ds.mT, words, out=out)
+        out.baddbmm_(h.mT, contexts)
+
+    def to_words(self, ds: Tensor, regions: Tensor, out: Tensor) -> None:
+        """out [K, D] += ds [K, R] regions [R, D]."""
+        out.addmm_(ds, regions)
+
+
+class Half:
+    """In bfloat16, with float32 accumulators where a softmax follows."""
+
+    dtype = torch.bfloat16
+
+    def with_regions(self, rows: Tensor, regions: Tensor, out: Tensor) -> None:
+        for a, y, s in zip(rows, regions, out):
+            gemm.times(a.to(self.dtype), y, s)
+
+    def contexts(self, alpha: Tensor, regions: Tensor, out: Tensor) -> None:
+        out.copy_(torch.bmm(alpha.to(self.dtype), regions))
+
+    def to_regions(self, ds: Tensor, words: Tensor, h: Tensor, contexts: Tensor, out: Tensor):
+        P, K, R = ds.shape  # one product, so that the sum is rounded once
+        left = words.new_empty(P, 2 * K, R)
+        right = words.new_empty(P, 2 * K, words.shape[2])
+        left[:, :K], left[:, K:], right[:, :K], right[:, K:] = ds, h, words, contexts
+        out.copy_(torch.bmm(left.mT, right))
+
+    def to_words(self, ds: Tensor, regions: Tensor, out: Tensor) -> None:
+        out += ds.to(self.dtype) @ regions
+
+
+def of(regions: Tensor, words: Tensor) -> Vendor | Half:
+    """bfloat16 where regions and words have it, the machine a tile kernel, and D makes it pay."""
+    half = regions.dtype == words.dtype == torch.bfloat16 and regions.device.type == "cpu"
+    if half and torch.bfloat16 in gemm.PACKED and regions.shape[-1] in range(64, 1 << 20, 2):
+        return Half()
+    return Vendor(wide_dtype(regions, words))
+
+
+def gram(regions: Tensor, words: Tensor) -> bool:
+    """Whether |c|^2 comes from r rᵀ: cheaper with many words; but of few regions c may be
+    much shorter than they are, and alpha (r rᵀ) would lose its digits."""
+    (R, D), K = regions.shape[1:], words.shape[0] * words.shape[1]
+    wide = of(regions, words).dtype != torch.bfloat16
+    return wide and R > 32 and R * (D + K) < K * D
+
+
+def kept_shape(regions: Tensor, words: Tensor, keep: bool) -> tuple[int, ...]:
+    """The shape of what every forward keeps: all of s and the contexts (or h), or nothing."""
+    (P, R, D), K = regions.shape, words.shape[0] * words.shape[1]
+    width = R + (R if gram(regions, words) else D)
+    few = P * K * width * wide_dtype(regions, words).itemsize <= KEPT
+    return (P, K, width) if keep and few and regions.device.type == "cpu" else (0, 0, 0)
