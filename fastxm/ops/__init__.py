@@ -1,5 +1,13 @@
 """The four rooms: fused operations with a plain formula behind each."""
 
+try:
+    from fastxm import _C as _C
+except ImportError as error:
+    raise ImportError(
+        "fastxm._C is not here: install fastxm (pip install .), and start Python outside of its "
+        "source folder unless it was installed with -e"
+    ) from error
+
 from fastxm.ops.dispatch import backend
 from fastxm.ops.info_nce import info_nce
 from fastxm.ops.mmd import mmd2
