@@ -1,189 +1,144 @@
 #include "cpu/info_nce.h"
 
 #include <algorithm>
+#include <vector>
 
-#include "cpu/simd.h"
+#include "cpu/info_nce_tile.h"
 
 namespace fastxm {
 namespace {
 
-constexpr std::int64_t kStrip = 256;      // columns that one step of the column pass takes
-constexpr std::int64_t kChunk = 2048;     // entries summed in the narrow type before the wide one
-constexpr std::int64_t kSmall = 1 << 14;  // entries below which threads cost more than they give
-
-// softmax below this share is rounding noise, and denormal numbers slow the products that follow
-FASTXM_INLINE float probability(float t) { return t < -69.0f ? 0.0f : exp_fast(t); }
-FASTXM_INLINE double probability(double t) { return exp_fast(t); }
-
-template <class T>
-FASTXM_INLINE void leave_out(T* s, std::int64_t columns, std::int64_t target,
-                             const std::int64_t* labels) {
-  std::int64_t own = labels[target];
-  T positive = s[target];
-#pragma omp simd
-  for (std::int64_t j = 0; j < columns; ++j) s[j] = labels[j] == own ? T(-INFINITY) : s[j];
-  s[target] = positive;
-}
-
-template <class T>
-FASTXM_INLINE void row_pass(T* s, std::int64_t columns, std::int64_t target, T* stats,
-                            std::int64_t stride, bool sums) {
-  T maximum = s[0];
-#pragma omp simd reduction(max : maximum)
-  for (std::int64_t j = 0; j < columns; ++j) maximum = s[j] > maximum ? s[j] : maximum;
-  double exps = 0, plain = 0;
-  for (std::int64_t from = 0; from < columns; from += kChunk) {
-    std::int64_t to = std::min(columns, from + kChunk);
-    T part = 0;
-#pragma omp simd reduction(+ : part)
-    for (std::int64_t j = from; j < to; ++j) part += exp_fast(s[j] - maximum);
-    exps += part;
-    if (!sums) continue;
-    part = 0;
-#pragma omp simd reduction(+ : part)
-    for (std::int64_t j = from; j < to; ++j) part += s[j] == T(-INFINITY) ? T(0) : s[j];
-    plain += part;
-  }
-  stats[0] = static_cast<T>(maximum + std::log(exps));
-  stats[stride] = s[target];
-  stats[2 * stride] = static_cast<T>(plain);
-}
-
-// columns 0 .. width of a block of rows, width <= kStrip; stats is shifted alike
-template <class T>
-FASTXM_INLINE void column_pass(const T* s, std::int64_t rows, std::int64_t columns,
-                               std::int64_t width, T* stats, bool sums) {
-  T maximum[kStrip], part[kStrip], plain[kStrip];
-  for (std::int64_t j = 0; j < width; ++j) {
-    maximum[j] = stats[j];
-    part[j] = plain[j] = 0;
-  }
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const T* row = s + i * columns;
-#pragma omp simd
-    for (std::int64_t j = 0; j < width; ++j) maximum[j] = row[j] > maximum[j] ? row[j] : maximum[j];
-  }
-  // a column that is left out so far has -inf, which is no number to subtract
-  T shift[kStrip];
-  for (std::int64_t j = 0; j < width; ++j)
-    shift[j] = maximum[j] == T(-INFINITY) ? T(0) : maximum[j];
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const T* row = s + i * columns;
-#pragma omp simd
-    for (std::int64_t j = 0; j < width; ++j) part[j] += exp_fast(row[j] - shift[j]);
-    if (!sums) continue;
-#pragma omp simd
-    for (std::int64_t j = 0; j < width; ++j) plain[j] += row[j] == T(-INFINITY) ? T(0) : row[j];
-  }
-  for (std::int64_t j = 0; j < width; ++j) {
-    T* sum = stats + columns + j;
-    *sum = *sum * exp_fast(stats[j] - shift[j]) + part[j];
-    stats[j] = maximum[j];
-    stats[2 * columns + j] += plain[j];
-  }
-}
-
-template <class T>
-FASTXM_INLINE void gradient_row(T* s, std::int64_t columns, std::int64_t target, const T* terms,
-                                std::int64_t stride, const T* column_terms, T smoothing) {
-  const T lse = terms[0], weight = terms[stride], even = terms[2 * stride];
-  const T *lses = column_terms, *weights = column_terms + columns, *evens = weights + columns;
-  // the positive by itself: p - 1 is exact where p is near 1
-  T positive = weight * (probability(s[target] - lse) - 1) + (smoothing * weight - even);
-  if (column_terms)
-    positive += weights[target] * (probability(s[target] - lses[target]) - 1) +
-                (smoothing * weights[target] - evens[target]);
-  if (smoothing > 0) {
-#pragma omp simd
-    for (std::int64_t j = 0; j < columns; ++j) {
-      T value = weight * probability(s[j] - lse) - even;
-      if (column_terms) value += weights[j] * probability(s[j] - lses[j]) - evens[j];
-      s[j] = s[j] == T(-INFINITY) ? T(0) : value;
-    }
-  } else if (column_terms) {
-#pragma omp simd
-    for (std::int64_t j = 0; j < columns; ++j)
-      s[j] = weight * probability(s[j] - lse) + weights[j] * probability(s[j] - lses[j]);
-  } else {
-#pragma omp simd
-    for (std::int64_t j = 0; j < columns; ++j) s[j] = weight * probability(s[j] - lse);
-  }
-  s[target] = positive;
-}
+constexpr std::int64_t kChunk = 10 * kTile;  // rows that one thread takes of a strip
+constexpr std::int64_t kSmall = 1 << 14;     // entries below which threads cost more than they give
 
 // OpenMP outlines its regions before functions are cloned for each instruction set: so the cloned
-// functions take one row or strip, and the loops over them stand outside
-#define FASTXM_INSTANCES(T)                                                                      \
-  FASTXM_MULTIARCH void fwd_row(T* s, std::int64_t columns, std::int64_t target,                 \
-                                const std::int64_t* labels, T* stats, std::int64_t stride,       \
-                                bool sums) {                                                     \
-    if (labels) leave_out(s, columns, target, labels);                                           \
-    row_pass(s, columns, target, stats, stride, sums);                                           \
-  }                                                                                              \
-  FASTXM_MULTIARCH void fwd_strip(const T* s, std::int64_t rows, std::int64_t columns,           \
-                                  std::int64_t width, T* stats, bool sums) {                     \
-    column_pass(s, rows, columns, width, stats, sums);                                           \
-  }                                                                                              \
-  FASTXM_MULTIARCH void bwd_row(T* s, std::int64_t columns, std::int64_t target,                 \
-                                const std::int64_t* labels, const T* terms, std::int64_t stride, \
-                                const T* column_terms, T smoothing) {                            \
-    if (labels) leave_out(s, columns, target, labels);                                           \
-    gradient_row(s, columns, target, terms, stride, column_terms, smoothing);                    \
+// functions take one tile, and the loops over tiles stand outside
+#define FASTXM_INSTANCES(T)                                                                       \
+  FASTXM_MULTIARCH void fwd_tile(const Tile<T>& t, T* row, std::int64_t row_stride, T* columns) { \
+    fwd_tile_of(t, row, row_stride, columns);                                                     \
+  }                                                                                               \
+  FASTXM_MULTIARCH void bwd_tile(const Tile<T>& t, const Terms<T>& terms, T* out,                 \
+                                 std::int64_t out_stride) {                                       \
+    bwd_tile_of(t, terms, out, out_stride);                                                       \
   }
 FASTXM_INSTANCES(float)
 FASTXM_INSTANCES(double)
 #undef FASTXM_INSTANCES
+FASTXM_MULTIARCH void bwd_tile(const Tile<float>& t, const Terms<float>& terms, bfloat16* out,
+                               std::int64_t out_stride) {
+  bwd_tile_of(t, terms, out, out_stride);
+}
 
+// joins `count` parts, `part` apart, of the statistics of n rows or columns into `into` [5, stride]
 template <class T>
-void fwd(T* s, std::int64_t rows, std::int64_t columns, std::int64_t target,
-         const std::int64_t* labels, T* row_stats, std::int64_t row_stride, T* column_stats,
-         bool sums, int threads) {
-  if (rows * columns < kSmall) threads = 1;
+void join_parts(const T* parts, std::int64_t count, std::int64_t part, std::int64_t part_stride,
+                std::int64_t n, T* into, std::int64_t stride, bool fresh, int threads) {
 #pragma omp parallel for num_threads(threads)
-  for (std::int64_t i = 0; i < rows; ++i)
-    fwd_row(s + i * columns, columns, target + i, labels, row_stats + i, row_stride, sums);
-  if (!column_stats) return;
-#pragma omp parallel for num_threads(threads)
-  for (std::int64_t j = 0; j < columns; j += kStrip)
-    fwd_strip(s + j, rows, columns, std::min(kStrip, columns - j), column_stats + j, sums);
+  for (std::int64_t i = 0; i < n; ++i) {
+    Sums<T> sums = load(fresh ? parts + i : into + i, fresh ? part_stride : stride);
+    for (std::int64_t k = fresh; k < count; ++k)
+      sums = join(sums, load(parts + k * part + i, part_stride));
+    store(sums, into + i, stride);
+  }
+}
+
+// f(tile, its first row, its first column, whether a chunk begins) for the tiles of each chunk of
+// rows of each strip of columns
+template <class T, class F>
+void for_each_tile(const InfoNceBlock& b, int threads, F f) {
+  const auto* labels = pointer<const std::int64_t>(b.labels);
+  std::int64_t element = b.bf16 ? 2 : sizeof(T);
+#pragma omp parallel for collapse(2) num_threads(threads)
+  for (std::int64_t chunk = 0; chunk < b.rows; chunk += kChunk)
+    for (std::int64_t j = 0; j < b.columns; j += kStrip) {
+      alignas(64) T scratch[kTile * kStrip];
+      std::int64_t width = std::min(kStrip, b.columns - j);
+      std::int64_t end = std::min(b.rows, chunk + kChunk);
+      for (std::int64_t i = chunk; i < end; i += kTile) {
+        std::int64_t rows = std::min(kTile, end - i);
+        T* products = b.products ? pointer<T>(b.products) + i * b.columns + j : scratch;
+        std::int64_t stride = b.products ? b.columns : kStrip;
+        if constexpr (sizeof(T) == 4) {
+          if (b.panels)
+            multiply({b.bf16 != 0, b.depth, b.panels},
+                     pointer<const char>(b.x) + i * b.x_stride * element, b.x_stride, rows, j,
+                     width, products, stride);
+        }
+        f(Tile<T>{scratch, products, stride, rows, width, b.target + i - j,
+                  pointer<const T>(b.row_factor) + i, pointer<const T>(b.column_factor) + j,
+                  labels ? labels + b.target + i : nullptr, labels ? labels + j : nullptr},
+          i, j, i == chunk);
+      }
+    }
 }
 
 template <class T>
-void bwd(T* s, std::int64_t rows, std::int64_t columns, std::int64_t target,
-         const std::int64_t* labels, const T* row_terms, std::int64_t row_stride,
-         const T* column_terms, T smoothing, int threads) {
-  if (rows * columns < kSmall) threads = 1;
-#pragma omp parallel for num_threads(threads)
-  for (std::int64_t i = 0; i < rows; ++i)
-    bwd_row(s + i * columns, columns, target + i, labels, row_terms + i, row_stride, column_terms,
-            smoothing);
+void fwd(const InfoNceBlock& b, T* row_stats, std::int64_t row_stride, T* column_stats,
+         int threads) {
+  if (b.rows * b.columns < kSmall) threads = 1;
+  std::int64_t strips = (b.columns + kStrip - 1) / kStrip;
+  std::int64_t chunks = (b.rows + kChunk - 1) / kChunk;
+  std::vector<T> rows(strips * kStatistics * b.rows),
+      columns(chunks * kStatistics * strips * kStrip);
+  for_each_tile<T>(b, threads, [&](const Tile<T>& t, std::int64_t i, std::int64_t j, bool first) {
+    T* column = columns.data() + (i / kChunk * strips + j / kStrip) * kStatistics * kStrip;
+    for (std::int64_t k = 0; first && k < kStrip; ++k)
+      store<T>({T(kNothing), 0, 0, 0, T(-INFINITY)}, column + k, kStrip);
+    fwd_tile(t, rows.data() + j / kStrip * kStatistics * b.rows + i, b.rows, column);
+    for (std::int64_t k = 0; k < t.rows; ++k) {
+      std::int64_t at = t.target + k;
+      if (at >= 0 && at < t.width)
+        row_stats[kStatistics * row_stride + i + k] = t.s[k * kStrip + at];
+    }
+  });
+  join_parts(rows.data(), strips, kStatistics * b.rows, b.rows, b.rows, row_stats, row_stride, true,
+             threads);
+  for (std::int64_t j = 0; j < b.columns; j += kStrip)
+    join_parts(columns.data() + j * kStatistics, chunks, strips * kStatistics * kStrip, kStrip,
+               std::min(kStrip, b.columns - j), column_stats + j, b.columns, false, threads);
+}
+
+template <class T, class Out>
+void bwd(const InfoNceBlock& b, const Terms<T>& terms, Out* out, int threads) {
+  if (b.rows * b.columns < kSmall) threads = 1;
+  for_each_tile<T>(b, threads, [&](const Tile<T>& t, std::int64_t i, std::int64_t j, bool) {
+    Terms<T> here = terms;
+    here.rows += i;
+    if (terms.columns) here.columns += j;
+    bwd_tile(t, here, out + i * b.columns + j, b.columns);
+  });
 }
 
 }  // namespace
 
-void info_nce_fwd_cpu(bool float64, std::uintptr_t s, std::int64_t rows, std::int64_t columns,
-                      std::int64_t target, std::uintptr_t labels, std::uintptr_t row_stats,
-                      std::int64_t row_stride, std::uintptr_t column_stats, bool sums,
-                      int threads) {
+void info_nce_fwd_cpu(const InfoNceSizes& sizes, const InfoNceAddresses& addresses,
+                      std::uintptr_t row_stats, std::int64_t row_stride,
+                      std::uintptr_t column_stats, int threads) {
+  InfoNceBlock b = info_nce_block(sizes, addresses);
   auto run = [&](auto type) {
     using T = decltype(type);
-    fwd(pointer<T>(s), rows, columns, target, pointer<const std::int64_t>(labels),
-        pointer<T>(row_stats), row_stride, pointer<T>(column_stats), sums, threads);
+    fwd(b, pointer<T>(row_stats), row_stride, pointer<T>(column_stats), threads);
   };
-  float64 ? run(double()) : run(float());
+  b.float64 ? run(double()) : run(float());
 }
 
-void info_nce_bwd_cpu(bool float64, std::uintptr_t s, std::int64_t rows, std::int64_t columns,
-                      std::int64_t target, std::uintptr_t labels, std::uintptr_t row_terms,
-                      std::int64_t row_stride, std::uintptr_t column_terms, double smoothing,
-                      int threads) {
-  auto run = [&](auto type) {
+void info_nce_bwd_cpu(const InfoNceSizes& sizes, const InfoNceAddresses& addresses,
+                      std::uintptr_t row_terms, std::int64_t row_stride,
+                      std::uintptr_t column_terms, double smoothing, bool out_bf16,
+                      std::uintptr_t out, int threads) {
+  InfoNceBlock b = info_nce_block(sizes, addresses);
+  auto run = [&](auto type, auto result) {
     using T = decltype(type);
-    bwd(pointer<T>(s), rows, columns, target, pointer<const std::int64_t>(labels),
-        pointer<const T>(row_terms), row_stride, pointer<const T>(column_terms),
-        static_cast<T>(smoothing), threads);
+    Terms<T> terms = {pointer<const T>(row_terms), pointer<const T>(column_terms), row_stride,
+                      b.columns, static_cast<T>(smoothing)};
+    bwd(b, terms, pointer<decltype(result)>(out), threads);
   };
-  float64 ? run(double()) : run(float());
+  if (b.float64)
+    run(double(), double());
+  else if (out_bf16)
+    run(float(), bfloat16());
+  else
+    run(float(), float());
 }
 
 }  // namespace fastxm

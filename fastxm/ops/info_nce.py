@@ -1,25 +1,39 @@
-"""InfoNCE: the contrastive loss of paired rows, without keeping their similarity matrix.
+"""InfoNCE: the contrastive loss of paired rows, without their similarity matrix.
 
-    s[i, j] = scale <x[i], y[j]>        lse[i] = log sum_j exp s[i, j]        t(i) = i + offset
-    row[i]  = lse[i] - (1 - e) s[i, t(i)] - e mean_j s[i, j]                  e: label smoothing
+    s[i, j] = a[i] b[j] <x[i], y[j]>    a = scale, b = 1, or scale / |x[i]| and 1 / |y[j]|
+    lse[i]  = log sum_j exp s[i, j]     t(i) = i + offset     e: label smoothing
+    row[i]  = lse[i] - (1 - e) s[i, t(i)] - e mean_j s[i, j]
     loss[i] = row[i], or (row[i] + column[i]) / 2 with the same of s transposed if symmetric
 
-Pairs (i, j) of one label with j != t(i) leave every sum and mean. Backward, with the weights a of
-the rows and b of the columns (both dloss / 2 if symmetric, else dloss and 0):
+Pairs (i, j) of one label with j != t(i) leave every sum and mean. Backward, with the weights v of
+the rows and w of the columns (both dloss / 2 if symmetric, else dloss and 0):
 
-    ds[i, j] = a[i] (exp(s[i, j] - lse[i]) - q[i, j])
-             + b[j] (exp(s[i, j] - column_lse[j]) - q[j, i])
+    ds[i, j] = v[i] (exp(s[i, j] - lse[i]) - q[i, j])
+             + w[j] (exp(s[i, j] - column_lse[j]) - q[j, i])
     q[i, j] = (1 - e) 1[j = t(i)] + e / count[i]
-    dx = scale ds y        dy = scale dsᵀ x        dscale = <x, ds y>
+    g[i, j] = a[i] b[j] ds[i, j]        dx = g y       da[i] = <x[i], dx[i]> / a[i]
+                                        dy = gᵀ x      db[j] = <y[j], dy[j]> / b[j]
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops import info_nce_blocks as blocks
-from fastxm.ops.distributed import gather_rows, row_counts
+from fastxm.ops.info_nce_op import across_ranks, losses_of, store
+
+
+class Metrics(NamedTuple):
+    """Of telling y given x, averaged with the other direction if symmetric: no gradient.
+
+    accuracy: scalar in [0, 1], how often the positive scores highest. entropy: scalar in nats,
+    the mean entropy of the softmax over candidates.
+    """
+
+    accuracy: Tensor
+    entropy: Tensor
 
 
 def info_nce(
@@ -34,15 +48,17 @@ def info_nce(
     offset: int = 0,
     reduction: str = "mean",
     group: "dist.ProcessGroup | None" = None,
-) -> Tensor:
+    stored_bytes: int = 64 << 20,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, Metrics]:
     """Loss of telling each row's partner from every other row: CLIP's loss, NT-Xent, SimCLR.
 
     Args:
-        x: [N, D], of any floating dtype.
+        x: [N, D], of any floating dtype; products are taken in it, with float32 accumulators.
         y: [M, D], M >= N. Row i of x matches row i + offset of y; every other row is a negative.
         logit_scale: inverse temperature, a number or a scalar tensor. Differentiable.
         symmetric: the average of telling y given x and x given y; needs M = N.
-        normalize: L2-normalise the rows of x and y first, x * rsqrt(max(sum x^2, 1e-12)).
+        normalize: of the rows' directions, x * rsqrt(max(sum x^2, 1e-12)), no row being rounded.
         labels: [M] integers, one a row of y (row i of x has labels[i + offset]): pairs of one
             label, but for the positive, are no negatives.
         label_smoothing: e in [0, 1): the share of the target spread evenly over all candidates.
@@ -51,46 +67,58 @@ def info_nce(
         group: a torch.distributed group: each rank gives its own pairs (M = N, of any number) and
             labels, and meets the negatives of all. "mean" is then ranks / total rows * the sum of
             its own, so that the average over ranks, DistributedDataParallel's, is the whole mean.
+        stored_bytes: keep the products for the backward, which saves one of its three, where that
+            is faster (`info_nce_op.store`) and they take no more than this.
+        return_metrics: also give `Metrics`; they cost no further pass.
 
     Returns:
-        scalar, or [N] for "none"; float32 (float64 for float64 inputs).
+        scalar, or [N] for "none"; float32 (float64 for float64 inputs); with Metrics if asked for.
 
     Raises:
-        ValueError: shapes or options do not fit together. TypeError: x or y is not floating.
+        ValueError: shapes or options do not fit together. TypeError: x or y is not floating, or
+            tensors are on several devices.
 
     Source: van den Oord et al. 2018, eq. 4; Radford et al. 2021 (symmetric, learned scale).
     """
     _check(x, y, labels, symmetric or group is not None, label_smoothing, offset, reduction)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    scale = torch.as_tensor(logit_scale, dtype=dtype, device=x.device).reshape(())
-    if normalize:
-        x, y = dispatch.unit_rows(x), dispatch.unit_rows(y)
+    a, b = _factors(x, y, logit_scale, normalize)
+    budget = stored_bytes if torch.is_grad_enabled() else 0
     if group is not None:
-        losses, rows = _across_ranks(x, y, scale, labels, symmetric, label_smoothing, group)
+        options = (labels, symmetric, label_smoothing, group, budget)
+        losses, statistics, rows = across_ranks(x, y, a, b, *options)
     else:
-        losses = _fwd(x, y, scale, labels, symmetric, label_smoothing, offset)[0]
+        options = (labels, symmetric, label_smoothing, offset, store(x, y, budget))
+        losses, *statistics, _ = losses_of(x, y, a, b, *options)
         rows = len(x)
-    return losses if reduction == "none" else losses.sum() / (rows if reduction == "mean" else 1)
+    loss = losses if reduction == "none" else losses.sum()
+    loss = loss / rows if reduction == "mean" else loss
+    return (loss, _metrics(*statistics[: 1 + symmetric])) if return_metrics else loss
 
 
-def _across_ranks(x, y, scale, labels, symmetric, smoothing, group) -> tuple[Tensor, float]:
-    """The losses of this rank's rows among the rows of all, and how many rows a rank has."""
-    counts = row_counts(len(x), x.device, group)
-    labels = None if labels is None else gather_rows(labels, counts, group)
-    options = (scale, labels, False, smoothing, sum(counts[: dist.get_rank(group)]))
-    losses = _fwd(x, gather_rows(y, counts, group), *options)[0]
-    if symmetric:
-        losses = (losses + _fwd(y, gather_rows(x, counts, group), *options)[0]) / 2
-    return losses, sum(counts) / len(counts)
+def _factors(x: Tensor, y: Tensor, scale: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """a [N] and b [M], of which the logits are the products times a and b."""
+    dtype = dispatch.wide_dtype(x, y)
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"logit_scale is a number or one element, not {scale.shape}")
+        scale = scale.to(x.device, dtype).reshape(())
+    if not normalize:
+        return x.new_ones(len(x), dtype=dtype) * scale, y.new_ones(len(y), dtype=dtype)
+    return dispatch.rnorm(x, dtype) * scale, dispatch.rnorm(y, dtype)
+
+
+def _metrics(*statistics: Tensor) -> Metrics:
+    entropy, hits = sum(s[1:].mean(1) for s in statistics) / len(statistics)
+    return Metrics(hits, entropy)
 
 
 def _check(x, y, labels, square, smoothing, offset, reduction) -> None:
     dispatch.one_device("info_nce", x, y, labels)
-    N, M = len(x), len(y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"info_nce needs x [N, D] and y [M, D], not {x.shape} and {y.shape}")
     if not x.is_floating_point() or not y.is_floating_point():
         raise TypeError(f"info_nce needs floating tensors, not {x.dtype} and {y.dtype}")
+    N, M = len(x), len(y)
     if not 0 <= offset <= M - N or (square and N != M):
         raise ValueError(f"info_nce needs 0 <= offset <= M - N, and M = N if symmetric or of a "
                          f"group; N is {N}, M is {M}, offset is {offset}")  # fmt: skip
@@ -100,49 +128,3 @@ def _check(x, y, labels, square, smoothing, offset, reduction) -> None:
         raise ValueError(f"label_smoothing is in [0, 1), not {smoothing}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is mean, sum or none, not {reduction!r}")
-
-
-@torch.library.custom_op("fastxm::info_nce_fwd", mutates_args=())
-def _fwd(x: Tensor, y: Tensor, scale: Tensor, labels: Tensor | None, symmetric: bool,
-         smoothing: float, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    run = blocks.fwd if blocks.backend(x) == "cpu" else blocks.formula
-    return run(x, y, scale, labels, symmetric, smoothing, offset)
-
-
-@torch.library.custom_op("fastxm::info_nce_bwd", mutates_args=())
-def _bwd(dloss: Tensor, x: Tensor, y: Tensor, scale: Tensor, labels: Tensor | None,
-         row_lse: Tensor, column_lse: Tensor, kept: Tensor, symmetric: bool, smoothing: float,
-         offset: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    run = blocks.bwd if blocks.backend(x) == "cpu" else blocks.formula_bwd
-    return run(dloss, x, y, scale, labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
-
-
-@_fwd.register_fake
-def _(x, y, scale, labels, symmetric, smoothing, offset):
-    shapes = (len(x), len(x), len(y) if symmetric else 0, blocks.kept_shape(x, y))
-    return tuple(scale.new_empty(shape) for shape in shapes)
-
-
-@_bwd.register_fake
-def _(dloss, x, y, scale, *_):
-    return tuple(torch.empty_like(t) for t in (x, y, scale))
-
-
-def _save(ctx, inputs, output):
-    x, y, scale, labels, *ctx.options = inputs
-    ctx.save_for_backward(x, y, scale, labels, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx, dloss, *_):
-    x, y, scale, labels, *kept = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        grads = blocks.formula_vjp(dloss, x, y, scale, labels, *ctx.options)
-    else:
-        grads = _bwd(dloss, x, y, scale, labels, *kept, *ctx.options)
-    return (*grads, None, None, None, None)
-
-
-_fwd.register_autograd(_backward, setup_context=_save)
-for _device in ("cpu", "cuda"):
-    _fwd.register_autocast(_device, torch.float32)

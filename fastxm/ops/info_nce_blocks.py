@@ -1,145 +1,143 @@
-"""The two ways to InfoNCE: the whole similarity matrix in plain PyTorch, and blocks of its rows.
+"""InfoNCE by blocks of rows, in O((N + M) D) memory: products, and one C++ pass over each tile.
 
-Of each block the vendor's matrix product makes the logits and the C++ epilogue everything else, so
-memory is that of one block and a few vectors. Few logits are kept for the backward: that saves one
-of its three products.
+Where fastxm._C has a tile kernel for the dtype it makes the products too, and no logit leaves the
+cache; else the vendor's matrix product makes a block of them. The backward writes the gradient of
+a block of logits, which two vendor products take on to x and y.
 """
 
 import torch
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops.dispatch import choose, threads, vjp, wide
+from fastxm.ops import gemm
+from fastxm.ops.dispatch import threads
+from fastxm.ops.info_nce_reference import Forward
 
-BLOCK = 1 << 20  # logits of a block: 4 MB of float32, which the last cache level holds
-Forward = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, row_lse, column_lse, kept logits
-KEPT = 1 << 22  # logits that are kept, at most: 16 MB of float32
-
-
-def backend(x: Tensor) -> str:
-    auto = "cpu" if x.device.type == "cpu" else "reference"
-    return choose("info_nce", x.device, auto, ("reference", "cpu"))
+BLOCK = 16 << 20  # bytes of a block
+TINY = 1e-18  # stands for a factor of 0: gradients are divided by it, and stay exact
 
 
-def kept_shape(x: Tensor, y: Tensor) -> tuple[int, ...]:
-    """The shape of the logits that the forward keeps: all or nothing."""
-    few = x.device.type == "cpu" and len(x) * len(y) <= KEPT
-    return (len(x), len(y)) if few else (0, 0)
+class _Logits:
+    """s[i, j] = a[i] b[j] <x[i], y[j]>, some rows at a time."""
+
+    def __init__(self, x, y, a, b, labels, offset):
+        self.x, self.y = gemm.operands(x, y)
+        self.half = self.x.dtype == torch.bfloat16
+        self.wide = torch.float32 if self.half else self.x.dtype
+        self.a, self.b = (f.to(self.wide).masked_fill(f == 0, TINY) for f in (a, b))
+        self.labels = None if labels is None else labels.long().contiguous()
+        self.offset, self.panels = offset, gemm.pack(self.y)
+
+    def blocks(self, width: int) -> list[slice]:
+        """Rows, of which a block with `width` bytes a row has about BLOCK bytes."""
+        n = max(16, BLOCK // max(1, width))
+        return [slice(i, min(i + n, len(self.x))) for i in range(0, len(self.x), n)]
+
+    def room(self, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
+        """Blocks of rows, and a place for what any of them makes of all columns."""
+        blocks = self.blocks(len(self.y) * dtype.itemsize)
+        rows = max((here.stop - here.start for here in blocks), default=0)
+        return blocks, self.x.new_empty(rows, len(self.y), dtype=dtype)
+
+    def tiles(self, here: slice, products: Tensor | None, *, ready: bool = False) -> tuple:
+        """The arguments that say where the logits of these rows come from.
+
+        products: [n, M], where they are if `ready`, else to be written, or left out if None.
+        """
+        if products is not None and not ready and self.panels is None:
+            torch.mm(self.x[here], self.y.T, out=products)
+        panels = None if ready else self.panels
+        (N, D), M = self.x[here].shape, len(self.y)
+        sizes = (self.wide == torch.float64, N, M, self.offset + here.start, self.half, D, D)
+        tensors = (self.x[here], panels, products, self.a[here], self.b, self.labels)
+        return sizes, tuple(0 if t is None else t.data_ptr() for t in tensors)
 
 
-def _logits(x, y, scale, labels, offset) -> tuple[Tensor, Tensor, Tensor]:
-    """s [N, M], which of it counts [N, M], and the columns of the positives [N]."""
-    target = torch.arange(offset, offset + len(x), device=x.device)
-    s = scale * x @ y.T
-    keep = torch.ones_like(s, dtype=torch.bool)
-    if labels is not None:
-        keep = labels[target, None] != labels
-        keep = keep | (target[:, None] == torch.arange(len(y), device=x.device))
-    return s.masked_fill(~keep, -torch.inf), keep, target
-
-
-def formula(x, y, scale, labels, symmetric, smoothing, offset) -> Forward:
-    x, y = wide(x, y)
-    s, keep, target = _logits(x, y, scale, labels, offset)
-    positive = s.gather(1, target[:, None])[:, 0]
-    row_lse = s.logsumexp(1)
-    linear = s.masked_fill(~keep, 0)
-    loss = row_lse - positive + smoothing * (positive - linear.sum(1) / keep.sum(1))
-    kept = s if kept_shape(x, y) == s.shape else s.new_empty(0, 0)
-    if not symmetric:
-        return loss, row_lse, s.new_empty(0), kept
-    column_lse = s.logsumexp(0)
-    columns = column_lse - positive + smoothing * (positive - linear.sum(0) / keep.sum(0))
-    return (loss + columns) / 2, row_lse, column_lse, kept
-
-
-def formula_bwd(
-    dloss, x, y, scale, labels, row_lse, column_lse, kept, symmetric, smoothing, offset
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide_x, wide_y = wide(x, y)
-    s, keep, target = _logits(wide_x, wide_y, scale, labels, offset)
-    one_hot = torch.zeros_like(s).scatter_(1, target[:, None], 1 - smoothing)
-    a = dloss[:, None] / 2 if symmetric else dloss[:, None]
-    ds = a * ((s - row_lse[:, None]).exp() - one_hot - smoothing * keep / keep.sum(1, True))
-    if symmetric:
-        ds += a.T * ((s - column_lse).exp() - one_hot - smoothing * keep / keep.sum(0))
-    dx = ds @ wide_y
-    dscale = (wide_x * dx).sum()
-    return (scale * dx).to(x.dtype), (scale * ds.T @ wide_x).to(y.dtype), dscale
-
-
-def formula_vjp(dloss, x, y, scale, labels, *options) -> list[Tensor | None]:
-    """The gradients as the formula's own, which can be differentiated again."""
-    return vjp(lambda x, y, s: formula(x, y, s, labels, *options)[0], (x, y, scale), (dloss,))
-
-
-def _blocks(x, y):
-    """Yields the rows of each block, as a slice, and room for its logits, shared by all."""
-    rows = max(16, BLOCK // max(len(y), 1))
-    room = x.new_empty(min(rows, len(x)), len(y))
-    for start in range(0, len(x), rows):
-        stop = min(start + rows, len(x))
-        yield slice(start, stop), room[: stop - start]
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _candidates(labels, x, y, offset) -> Tensor | int:
+def candidates(labels: Tensor | None, N: int, M: int, offset: int) -> Tensor | int:
     """How many columns each row chooses from: the positive, and all that have other labels."""
     if labels is None:
-        return max(len(y), 1)
+        return max(M, 1)
     _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
-    return len(y) + 1 - counts[inverse[offset : offset + len(x)]]
+    return M + 1 - counts[inverse[offset : offset + N]]
 
 
-def fwd(x, y, scale, labels, symmetric, smoothing, offset) -> Forward:
-    x, y = wide(x, y)
-    labels = None if labels is None else labels.long().contiguous()
-    row = x.new_empty(3, len(x))
-    column = x.new_tensor([-torch.inf, 0, 0])[:, None].repeat(1, len(y)) if symmetric else None
-    scaled, kept = scale * x, x.new_empty(kept_shape(x, y))
-    for here, s in _blocks(x, y):
-        s = kept[here] if len(kept) else s
-        torch.mm(scaled[here], y.T, out=s)
+def finish(sums: Tensor, positive: Tensor, smoothing: float, count) -> tuple[Tensor, Tensor]:
+    """Losses and statistics [3, n] of rows or columns: log-sum-exp, entropy, whether it was found.
+
+    sums [5, n]: a reference, sums of e = exp(s - reference), of e s and of s, and the maximum.
+    """
+    lse = sums[0] + sums[1].log()
+    loss = lse - positive
+    if smoothing:
+        loss = loss + smoothing * (positive - sums[3] / count)
+    return loss, torch.stack([lse, lse - sums[2] / sums[1], (positive >= sums[4]).to(lse)])
+
+
+def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
+    logits = _Logits(x, y, a, b, labels, offset)
+    N, M = len(x), len(y)
+    new = logits.a.new_empty
+    row, column, kept = new(6, N), new(5, M), new(N if stored else 0, M)
+    column.copy_(new_sums(column))
+    if stored or logits.panels is not None:
+        blocks, room = logits.blocks(8 + M // 13), None  # bytes that the sums of a row take
+    else:
+        blocks, room = logits.room(logits.wide)
+    for here in blocks:
+        if stored:
+            products = kept[here]
+        else:
+            products = None if room is None else room[: here.stop - here.start]
         _C.info_nce_fwd_cpu(
-            *(s.dtype == torch.float64, s.data_ptr(), *s.shape, offset + here.start),
-            *(_address(labels), row[:, here].data_ptr(), len(x), _address(column)),
-            *(smoothing > 0, threads()),
+            *logits.tiles(here, products),
+            *(row[:, here].data_ptr(), N, column.data_ptr(), threads()),
         )
-    row_lse, positive, total = row
-    candidates = _candidates(labels, x, y, offset) if smoothing else 1
-    loss = row_lse - positive + smoothing * (positive - total / candidates)
-    if column is None:
-        return loss, row_lse.clone(), x.new_empty(0), kept
-    column_lse = column[0] + column[1].log()
-    columns = column_lse - positive + smoothing * (positive - column[2] / candidates)
-    return (loss + columns) / 2, row_lse.clone(), column_lse, kept
+    count = candidates(labels, N, M, offset) if smoothing else 1
+    loss, row_stats = finish(row[:5], row[5], smoothing, count)
+    if not symmetric:
+        return loss, row_stats, new(3, 0), kept
+    columns, column_stats = finish(column, row[5], smoothing, count)
+    return (loss + columns) / 2, row_stats, column_stats, kept
+
+
+def new_sums(column: Tensor) -> Tensor:
+    """Sums [5, 1] of nothing; the reference is below every other, and a number."""
+    return column.new_tensor([-1e30, 0, 0, 0, -torch.inf])[:, None]
 
 
 def bwd(
-    dloss, x, y, scale, labels, row_lse, column_lse, kept, symmetric, smoothing, offset
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide_x, wide_y = wide(x, y)
-    labels = None if labels is None else labels.long().contiguous()
+    dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric, smoothing, offset
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = _Logits(x, y, a, b, labels, offset)
+    N, M = len(x), len(y)
     weight = dloss / 2 if symmetric else dloss
-    even = smoothing * weight / _candidates(labels, x, y, offset)
+    even = smoothing * weight / (candidates(labels, N, M, offset) if smoothing else 1)
     row = torch.stack([row_lse, weight, even])
     column = torch.stack([column_lse, weight, even]) if symmetric else None
-    dx, dy = torch.empty_like(wide_x), torch.zeros_like(wide_y)
-    scaled = scale * wide_x
-    for here, s in _blocks(wide_x, wide_y):
-        if len(kept):
-            s.copy_(kept[here])
-        else:
-            torch.mm(scaled[here], wide_y.T, out=s)
+    dx, dy = torch.empty_like(logits.x), logits.y.new_zeros(logits.y.shape, dtype=logits.wide)
+    blocks, room = logits.room(logits.x.dtype)
+    for here in blocks:
+        ds = room[: here.stop - here.start]
+        products = None if logits.panels is not None else ds
+        ready = len(kept) > 0
         _C.info_nce_bwd_cpu(
-            *(s.dtype == torch.float64, s.data_ptr(), *s.shape, offset + here.start),
-            *(_address(labels), row[:, here].data_ptr(), len(x), _address(column)),
-            *(smoothing, threads()),
+            *logits.tiles(here, kept[here] if ready else products, ready=ready),
+            *(row[:, here].data_ptr(), N, 0 if column is None else column.data_ptr()),
+            *(smoothing, logits.half, ds.data_ptr(), threads()),
         )
-        torch.mm(s, wide_y, out=dx[here])
-        dy.addmm_(s.T, wide_x[here])
-    dscale = (wide_x * dx).sum()
-    return dx.mul_(scale).to(x.dtype), dy.mul_(scale).to(y.dtype), dscale
+        torch.mm(ds, logits.y, out=dx[here])
+        if logits.half:
+            dy += torch.mm(ds.T, logits.x[here])
+        else:
+            dy.addmm_(ds.T, logits.x[here])
+    da = inner(logits.x, dx) / logits.a
+    db = inner(logits.y, dy) / logits.b
+    D = x.shape[1]
+    return dx[:, :D].to(x.dtype), dy[:, :D].to(y.dtype), da.to(a.dtype), db.to(b.dtype)
+
+
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of rows, wide, a few rows at a time."""
+    parts = zip(x.split(1024), y.split(1024))
+    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return torch.cat([torch.linalg.vecdot(p.to(wide), q.to(wide)) for p, q in parts])

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from check import gradient, no_worse
 
-from fastxm.ops import backend, info_nce, info_nce_blocks
-from fastxm.ops.info_nce import _fwd
+from fastxm.ops import backend, info_nce, info_nce_blocks, info_nce_op
+from fastxm.ops.info_nce_op import losses_of
 
 SHAPES = [(1, 1, 1), (5, 5, 3), (33, 33, 65), (64, 64, 32), (130, 130, 17)]  # N, M, D
 RECTANGLES = [(1, 4, 3, 2), (33, 70, 65, 30), (40, 300, 17, 0)]  # N, M, D, offset
@@ -22,18 +22,16 @@ OPTIONS = [
 
 @pytest.fixture(params=[True, False], ids=["kept", "again"])
 def _blocks(monkeypatch, request):
-    monkeypatch.setattr(info_nce_blocks, "BLOCK", 1024)
-    if not request.param:
-        monkeypatch.setattr(info_nce_blocks, "KEPT", 0)
+    monkeypatch.setattr(info_nce_blocks, "BLOCK", 4096)
+    monkeypatch.setattr(info_nce_op, "WORTH", {} if request.param else {"cpu": 1 << 30})
 
 
 def formula(x, y, scale, symmetric=True, normalize=False, labels=None, label_smoothing=0.0,
             offset=0, reduction="mean"):  # fmt: skip
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x, y = x.to(dtype), y.to(dtype)
     if normalize:
         x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-    s = x @ y.T * scale
+    s = (x @ y.T).to(dtype) * scale
     one_hot = torch.eye(len(y), dtype=dtype, device=x.device)[offset : offset + len(x)]
     other = torch.ones_like(s, dtype=torch.bool)
     if labels is not None:
@@ -205,7 +203,9 @@ def test_wrong_type():
 def test_dispatch(device):
     x, y, scale = (t.requires_grad_() for t in inputs(6, 6, 5, device))
     for labels in (None, torch.arange(6, device=device) % 2):
-        torch.library.opcheck(_fwd, (x, y, scale, labels, True, 0.1, 0))
+        ones = torch.ones(6, device=device, requires_grad=True)
+        for stored in (True, False):
+            torch.library.opcheck(losses_of, (x, y, ones, ones, labels, True, 0.1, 0, stored))
     compiled = torch.compile(lambda *t: info_nce(*t, normalize=True), fullgraph=True)
     torch.testing.assert_close(compiled(x, y, scale), info_nce(x, y, scale, normalize=True))
     with torch.autocast(device, torch.bfloat16):

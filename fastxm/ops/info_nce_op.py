@@ -1,0 +1,94 @@
+"""InfoNCE as one op of PyTorch: which backend runs, what is kept, autograd, and many ranks."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastxm.ops import dispatch
+from fastxm.ops import info_nce_blocks as blocks
+from fastxm.ops import info_nce_reference as reference
+from fastxm.ops.distributed import gather_rows, row_counts
+
+BACKENDS = {"reference": reference, "cpu": blocks}
+# elements whose products cost as much time as to write one product and read it again
+WORTH = {"cpu": 64, "cuda": 512}
+
+
+def store(x: Tensor, y: Tensor, budget: int) -> bool:
+    """Whether to keep the products for the backward: they fit, and are slower to make again.
+
+    6 N M D operations for 8; but each product is written and read: 2 * itemsize bytes. With r
+    operations and c bytes a second that is less than 2 D operations from D = itemsize r / c on.
+    """
+    size = len(x) * len(y) * dispatch.wide_dtype(x, y).itemsize
+    return size <= budget and x.shape[1] >= WORTH.get(x.device.type, 0)
+
+
+def backend(x: Tensor) -> Any:
+    """The C++ blocks on a CPU."""
+    auto = "cpu" if x.device.type == "cpu" else "reference"
+    return BACKENDS[dispatch.choose("info_nce", x.device, auto, tuple(BACKENDS))]
+
+
+def across_ranks(x, y, a, b, labels, symmetric, smoothing, group, budget):
+    """Losses and statistics of this rank's rows among those of all, and how many a rank has."""
+    counts = row_counts(len(x), x.device, group)
+    labels = None if labels is None else gather_rows(labels, counts, group)
+    options = (labels, False, smoothing, sum(counts[: dist.get_rank(group)]))
+    all_x, all_y, all_a, all_b = (gather_rows(t, counts, group) for t in (x, y, a, b))
+    losses, statistics, *_ = losses_of(x, all_y, a, all_b, *options, store(x, all_y, budget))
+    found = [statistics]
+    if symmetric:
+        columns, *more = losses_of(y, all_x, b, all_a, *options, store(y, all_x, budget))
+        losses, found = (losses + columns) / 2, [statistics, more[0]]
+    return losses, found, sum(counts) / len(counts)
+
+
+@torch.library.custom_op("fastxm::info_nce_fwd", mutates_args=())
+def losses_of(x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None, symmetric: bool,
+              smoothing: float, offset: int, stored: bool,
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses [N], statistics of rows [3, N] and of columns [3, M] (or [3, 0]), kept products."""
+    return backend(x).fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored)
+
+
+@torch.library.custom_op("fastxm::info_nce_bwd", mutates_args=())
+def gradients_of(dloss: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None,
+         row_lse: Tensor, column_lse: Tensor, kept: Tensor, symmetric: bool, smoothing: float,
+         offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
+    return backend(x).bwd(dloss, x, y, a, b, *given)
+
+
+@losses_of.register_fake
+def _(x, y, a, b, labels, symmetric, smoothing, offset, stored):
+    (N, M) = len(x), len(y)
+    shapes = ((N,), (3, N), (3, M if symmetric else 0), (N if stored else 0, M))
+    return tuple(a.new_empty(shape) for shape in shapes)
+
+
+@gradients_of.register_fake
+def _(dloss, x, y, a, b, *_):
+    return tuple(torch.empty_like(t) for t in (x, y, a, b))
+
+
+def _save(ctx, inputs, output):
+    x, y, a, b, labels, *ctx.options = inputs
+    _, row_stats, column_stats, kept = output
+    ctx.save_for_backward(x, y, a, b, labels, row_stats, column_stats, kept)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, dloss, *_):
+    *inputs, row_stats, column_stats, kept = ctx.saved_tensors
+    *options, _stored = ctx.options
+    if torch.is_grad_enabled():
+        grads = reference.differentiable_bwd(dloss, *inputs, *options)
+    else:
+        grads = gradients_of(dloss, *inputs, row_stats[0], column_stats[0], kept, *options)
+    return (*grads, *(None,) * 5)
+
+
+losses_of.register_autograd(_backward, setup_context=_save)
