@@ -29,14 +29,14 @@ FASTXM_MULTIARCH void bwd_tile(const Tile<float>& t, const Terms<float>& terms, 
   bwd_tile_of(t, terms, out, out_stride);
 }
 
-// joins `count` parts, `part` apart, of the statistics of n rows or columns into `into` [5, stride]
+// takes `count` parts, `part` apart, of the statistics of n rows or columns into `into` [5, stride]
 template <class T>
 void join_parts(const T* parts, std::int64_t count, std::int64_t part, std::int64_t part_stride,
-                std::int64_t n, T* into, std::int64_t stride, bool fresh, int threads) {
+                std::int64_t n, T* into, std::int64_t stride, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (std::int64_t i = 0; i < n; ++i) {
-    Sums<T> sums = load(fresh ? parts + i : into + i, fresh ? part_stride : stride);
-    for (std::int64_t k = fresh; k < count; ++k)
+    Sums<T> sums = load(into + i, stride);
+    for (std::int64_t k = 0; k < count; ++k)
       sums = join(sums, load(parts + k * part + i, part_stride));
     store(sums, into + i, stride);
   }
@@ -46,7 +46,8 @@ void join_parts(const T* parts, std::int64_t count, std::int64_t part, std::int6
 // rows of each strip of columns
 template <class T, class F>
 void for_each_tile(const InfoNceBlock& b, int threads, F f) {
-  const auto* labels = pointer<const std::int64_t>(b.labels);
+  const auto* row_labels = pointer<const std::int64_t>(b.row_labels);
+  const auto* column_labels = pointer<const std::int64_t>(b.column_labels);
   std::int64_t element = b.bf16 ? 2 : sizeof(T);
 #pragma omp parallel for collapse(2) num_threads(threads)
   for (std::int64_t chunk = 0; chunk < b.rows; chunk += kChunk)
@@ -66,7 +67,8 @@ void for_each_tile(const InfoNceBlock& b, int threads, F f) {
         }
         f(Tile<T>{scratch, products, stride, rows, width, b.target + i - j,
                   pointer<const T>(b.row_factor) + i, pointer<const T>(b.column_factor) + j,
-                  labels ? labels + b.target + i : nullptr, labels ? labels + j : nullptr},
+                  row_labels ? row_labels + i : nullptr,
+                  column_labels ? column_labels + j : nullptr},
           i, j, i == chunk);
       }
     }
@@ -91,11 +93,11 @@ void fwd(const InfoNceBlock& b, T* row_stats, std::int64_t row_stride, T* column
         row_stats[kStatistics * row_stride + i + k] = t.s[k * kStrip + at];
     }
   });
-  join_parts(rows.data(), strips, kStatistics * b.rows, b.rows, b.rows, row_stats, row_stride, true,
+  join_parts(rows.data(), strips, kStatistics * b.rows, b.rows, b.rows, row_stats, row_stride,
              threads);
   for (std::int64_t j = 0; j < b.columns; j += kStrip)
     join_parts(columns.data() + j * kStatistics, chunks, strips * kStatistics * kStrip, kStrip,
-               std::min(kStrip, b.columns - j), column_stats + j, b.columns, false, threads);
+               std::min(kStrip, b.columns - j), column_stats + j, b.columns, threads);
 }
 
 template <class T, class Out>

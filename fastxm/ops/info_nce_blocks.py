@@ -5,13 +5,15 @@ cache; else the vendor's matrix product makes a block of them. The backward writ
 a block of logits, which two vendor products take on to x and y.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastxm import _C
 from fastxm.ops import gemm
 from fastxm.ops.dispatch import threads
-from fastxm.ops.info_nce_reference import Forward
+from fastxm.ops.info_nce_sums import backward, forward, new_sums
 
 BLOCK = 16 << 20  # bytes of a block
 TINY = 1e-18  # stands for a factor of 0: gradients are divided by it, and stay exact
@@ -20,12 +22,14 @@ TINY = 1e-18  # stands for a factor of 0: gradients are divided by it, and stay 
 class _Logits:
     """s[i, j] = a[i] b[j] <x[i], y[j]>, some rows at a time."""
 
-    def __init__(self, x, y, a, b, labels, offset):
+    def __init__(self, x, y, a, b, row_labels, labels, offset):
         self.x, self.y = gemm.operands(x, y)
         self.half = self.x.dtype == torch.bfloat16
         self.wide = torch.float32 if self.half else self.x.dtype
         self.a, self.b = (f.to(self.wide).masked_fill(f == 0, TINY) for f in (a, b))
-        self.labels = None if labels is None else labels.long().contiguous()
+        self.row_labels, self.labels = (
+            None if which is None else which.long().contiguous() for which in (row_labels, labels)
+        )
         self.offset, self.panels = offset, gemm.pack(self.y)
 
     def blocks(self, width: int) -> list[slice]:
@@ -49,36 +53,23 @@ class _Logits:
         panels = None if ready else self.panels
         (N, D), M = self.x[here].shape, len(self.y)
         sizes = (self.wide == torch.float64, N, M, self.offset + here.start, self.half, D, D)
-        tensors = (self.x[here], panels, products, self.a[here], self.b, self.labels)
+        row_labels = None if self.row_labels is None else self.row_labels[here]
+        tensors = (self.x[here], panels, products, self.a[here], self.b, row_labels, self.labels)
         return sizes, tuple(0 if t is None else t.data_ptr() for t in tensors)
 
 
-def candidates(labels: Tensor | None, N: int, M: int, offset: int) -> Tensor | int:
-    """How many columns each row chooses from: the positive, and all that have other labels."""
-    if labels is None:
-        return max(M, 1)
-    _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
-    return M + 1 - counts[inverse[offset : offset + N]]
+def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor, Tensor]:
+    """Of any rows x and y: sums of rows [5, N] and below them their positives [6, N], sums of
+    columns [5, M] (see info_nce_sums), and the products [N, M], or [0, M] if not stored.
 
-
-def finish(sums: Tensor, positive: Tensor, smoothing: float, count) -> tuple[Tensor, Tensor]:
-    """Losses and statistics [3, n] of rows or columns: log-sum-exp, entropy, whether it was found.
-
-    sums [5, n]: a reference, sums of e = exp(s - reference), of e s and of s, and the maximum.
+    row_labels [N] and labels [M], or None. offset: the column of row 0's positive; a row whose
+    column lies beyond y has none, and what stands for it is undefined.
     """
-    lse = sums[0] + sums[1].log()
-    loss = lse - positive
-    if smoothing:
-        loss = loss + smoothing * (positive - sums[3] / count)
-    return loss, torch.stack([lse, lse - sums[2] / sums[1], (positive >= sums[4]).to(lse)])
-
-
-def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
-    logits = _Logits(x, y, a, b, labels, offset)
+    logits = _Logits(x, y, a, b, row_labels, labels, offset)
     N, M = len(x), len(y)
     new = logits.a.new_empty
     row, column, kept = new(6, N), new(5, M), new(N if stored else 0, M)
-    column.copy_(new_sums(column))
+    row[:5], column[:] = new_sums(row), new_sums(column)
     if stored or logits.panels is not None:
         blocks, room = logits.blocks(8 + M // 13), None  # bytes that the sums of a row take
     else:
@@ -92,28 +83,18 @@ def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
             *logits.tiles(here, products),
             *(row[:, here].data_ptr(), N, column.data_ptr(), threads()),
         )
-    count = candidates(labels, N, M, offset) if smoothing else 1
-    loss, row_stats = finish(row[:5], row[5], smoothing, count)
-    if not symmetric:
-        return loss, row_stats, new(3, 0), kept
-    columns, column_stats = finish(column, row[5], smoothing, count)
-    return (loss + columns) / 2, row_stats, column_stats, kept
+    return row, column, kept
 
 
-def new_sums(column: Tensor) -> Tensor:
-    """Sums [5, 1] of nothing; the reference is below every other, and a number."""
-    return column.new_tensor([-1e30, 0, 0, 0, -torch.inf])[:, None]
-
-
-def bwd(
-    dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric, smoothing, offset
+def gradients(
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, kept
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = _Logits(x, y, a, b, labels, offset)
-    N, M = len(x), len(y)
-    weight = dloss / 2 if symmetric else dloss
-    even = smoothing * weight / (candidates(labels, N, M, offset) if smoothing else 1)
-    row = torch.stack([row_lse, weight, even])
-    column = torch.stack([column_lse, weight, even]) if symmetric else None
+    """dx, dy, da and db of any rows x and y, as `sums` takes them, not rounded yet.
+
+    row [3, N], column [3, M] or None: `terms`. kept: products that `sums` stored, or none.
+    """
+    logits = _Logits(x, y, a, b, row_labels, labels, offset)
+    N = len(x)
     dx, dy = torch.empty_like(logits.x), logits.y.new_zeros(logits.y.shape, dtype=logits.wide)
     blocks, room = logits.room(logits.x.dtype)
     for here in blocks:
@@ -133,7 +114,7 @@ def bwd(
     da = inner(logits.x, dx) / logits.a
     db = inner(logits.y, dy) / logits.b
     D = x.shape[1]
-    return dx[:, :D].to(x.dtype), dy[:, :D].to(y.dtype), da.to(a.dtype), db.to(b.dtype)
+    return dx[:, :D], dy[:, :D], da, db
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
@@ -141,3 +122,6 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
     parts = zip(x.split(1024), y.split(1024))
     wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return torch.cat([torch.linalg.vecdot(p.to(wide), q.to(wide)) for p, q in parts])
+
+
+fwd, bwd = partial(forward, sums), partial(backward, gradients)

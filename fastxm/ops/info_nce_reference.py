@@ -1,22 +1,23 @@
 """InfoNCE in plain PyTorch: the whole similarity matrix, and its gradients."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastxm.ops.dispatch import vjp, wide
+from fastxm.ops.info_nce_sums import Forward, backward, new_sums
 
-Forward = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, row_stats, column_stats, kept products
 
-
-def _logits(x, y, a, b, labels, offset) -> tuple[Tensor, Tensor, Tensor]:
-    """s [N, M], which of it counts [N, M], and the columns of the positives [N]."""
+def _logits(x, y, a, b, row_labels, labels, offset) -> tuple[Tensor, Tensor, Tensor]:
+    """s, which of it counts, and which of it is a positive, all [N, M]."""
     target = torch.arange(offset, offset + len(x), device=x.device)
+    positive = target[:, None] == torch.arange(len(y), device=x.device)
     s = (x @ y.T) * a[:, None] * b
-    keep = torch.ones_like(s, dtype=torch.bool)
+    keep = torch.ones_like(positive)
     if labels is not None:
-        keep = labels[target, None] != labels
-        keep = keep | (target[:, None] == torch.arange(len(y), device=x.device))
-    return s.masked_fill(~keep, -torch.inf), keep, target
+        keep = positive | (row_labels[:, None] != labels)
+    return s.masked_fill(~keep, -torch.inf), keep, positive
 
 
 def _direction(s, keep, positive, smoothing, dim) -> tuple[Tensor, Tensor]:
@@ -32,10 +33,11 @@ def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
     x, y = wide(x, y)
     kept = x.new_zeros(len(x) if stored else 0, len(y))
     none = x.new_empty(3, 0)
-    if not len(x):
-        return x.new_empty(0), none, none.expand(3, len(y) if symmetric else 0).clone(), kept
-    s, keep, target = _logits(x, y, a, b, labels, offset)
-    positive = s.gather(1, target[:, None])[:, 0]
+    if not len(y):
+        return x.new_empty(0), none, none.clone(), kept
+    own = None if labels is None else labels[offset : offset + len(x)]
+    s, keep, _ = _logits(x, y, a, b, own, labels, offset)
+    positive = s.diagonal(offset)
     loss, row_stats = _direction(s, keep, positive, smoothing, 1)
     if not symmetric:
         return loss, row_stats, none, kept
@@ -51,16 +53,40 @@ def differentiable_bwd(
     return vjp(lambda x, y, a, b: fwd(x, y, a, b, *options)[0], (x, y, a, b), (dloss,))
 
 
-def bwd(
-    dloss, x, y, a, b, labels, row_lse, column_lse, _kept, symmetric, smoothing, offset
-) -> tuple[Tensor, ...]:
-    wide_x, wide_y = wide(x, y)
-    s, keep, target = _logits(wide_x, wide_y, a, b, labels, offset)
-    one_hot = torch.zeros_like(s).scatter_(1, target[:, None], 1 - smoothing)
-    v = dloss[:, None] / 2 if symmetric else dloss[:, None]
-    ds = v * ((s - row_lse[:, None]).exp() - one_hot - smoothing * keep / keep.sum(1, True))
-    if symmetric:
-        ds += v.T * ((s - column_lse).exp() - one_hot - smoothing * keep / keep.sum(0))
-    products, g = wide_x @ wide_y.T, ds * a[:, None] * b
+def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = wide(x, y)
+    s, keep, _ = _logits(x, y, a, b, row_labels, labels, offset)
+    positive, found = s.new_zeros(1, len(x)), s.diagonal(offset)
+    positive[0, : len(found)] = found
+    kept = s.new_zeros(len(x) if stored else 0, len(y))
+    return torch.cat([_sums(s, keep, 1), positive]), _sums(s, keep, 0), kept
+
+
+def _sums(s: Tensor, keep: Tensor, dim: int) -> Tensor:
+    if not s.shape[dim]:
+        return new_sums(s).repeat(1, s.shape[1 - dim])
+    top = s.amax(dim)
+    reference = torch.maximum(top, new_sums(s)[0])
+    e, linear = (s - reference.unsqueeze(dim)).exp(), s.masked_fill(~keep, 0)
+    parts = (e.sum(dim), (e * linear).sum(dim), linear.sum(dim))
+    return torch.stack([reference, *parts, top])
+
+
+def gradients(
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = wide(x, y)
+    s, keep, positive = _logits(x, y, a, b, row_labels, labels, offset)
+
+    def of(lse, weight, even):
+        return weight * ((s - lse).exp() - (1 - smoothing) * positive) - even * keep
+
+    ds = of(*row[:, :, None])
+    if column is not None:
+        ds = ds + of(*column)
+    products, g = x @ y.T, ds * a[:, None] * b
     da, db = (ds * b * products).sum(1), (ds * a[:, None] * products).sum(0)
-    return (g @ wide_y).to(x.dtype), (g.T @ wide_x).to(y.dtype), da, db
+    return g @ y, g.T @ x, da, db
+
+
+bwd = partial(backward, gradients)
