@@ -67,3 +67,13 @@ def gradient(f: Callable[..., Any], wrt: Sequence[int] = (0, 1)) -> Callable[...
         return list(torch.autograd.grad(total, [leaves[i] for i in wrt]))
 
     return gradients
+
+
+def peak_bytes(call: Callable[[], Any]) -> Tensor:
+    """Most bytes of CPU tensors at once, of those that the call makes."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    changes = torch.tensor([nbytes for _, nbytes in sorted(changes)])
+    return changes.cumsum(0).max()

@@ -15,14 +15,15 @@ the rows and w of the columns (both dloss / 2 if symmetric, else dloss and 0):
                                         dy = gᵀ x      db[j] = <y[j], dy[j]> / b[j]
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.info_nce_op import across_ranks, losses_of, store
+from fastxm.ops.info_nce_op import losses_of, store
+from fastxm.ops.info_nce_ranks import across_ranks
 
 
 class Metrics(NamedTuple):
@@ -50,7 +51,7 @@ def info_nce(
     group: "dist.ProcessGroup | None" = None,
     stored_bytes: int = 64 << 20,
     return_metrics: bool = False,
-) -> Tensor | tuple[Tensor, Metrics]:
+) -> Any:  # a Tensor, but for return_metrics
     """Loss of telling each row's partner from every other row: CLIP's loss, NT-Xent, SimCLR.
 
     Args:
@@ -65,8 +66,9 @@ def info_nce(
         offset: where the positives begin in y, 0 <= offset <= M - N.
         reduction: "mean" | "sum" | "none". The mean of no rows is NaN, their sum 0.
         group: a torch.distributed group: each rank gives its own pairs (M = N, of any number) and
-            labels, and meets the negatives of all. "mean" is then ranks / total rows * the sum of
-            its own, so that the average over ranks, DistributedDataParallel's, is the whole mean.
+            labels, and meets the negatives of all in the memory of its own (`info_nce_ranks`).
+            "mean" is then ranks / total rows * the sum of its own, so that the average over ranks,
+            DistributedDataParallel's, is the whole mean. torch.compile breaks its graph there.
         stored_bytes: keep the products for the backward, which saves one of its three, where that
             is faster (`info_nce_op.store`) and they take no more than this.
         return_metrics: also give `Metrics`; they cost no further pass.
@@ -83,12 +85,11 @@ def info_nce(
     _check(x, y, labels, symmetric or group is not None, label_smoothing, offset, reduction)
     a, b = _factors(x, y, logit_scale, normalize)
     budget = stored_bytes if torch.is_grad_enabled() else 0
+    given = (x, y, a, b, labels, symmetric, label_smoothing)
     if group is not None:
-        options = (labels, symmetric, label_smoothing, group, budget)
-        losses, statistics, rows = across_ranks(x, y, a, b, *options)
+        losses, statistics, rows = across_ranks(*given, group, budget)
     else:
-        options = (labels, symmetric, label_smoothing, offset, store(x, y, budget))
-        losses, *statistics, _ = losses_of(x, y, a, b, *options)
+        losses, *statistics, _ = losses_of(*given, offset, store(x, y, budget))
         rows = len(x)
     loss = losses if reduction == "none" else losses.sum()
     loss = loss / rows if reduction == "mean" else loss
@@ -108,7 +109,7 @@ def _factors(x: Tensor, y: Tensor, scale: float | Tensor, normalize: bool) -> tu
 
 
 def _metrics(*statistics: Tensor) -> Metrics:
-    entropy, hits = sum(s[1:].mean(1) for s in statistics) / len(statistics)
+    entropy, hits = torch.stack([s[1:].mean(1) for s in statistics]).mean(0)
     return Metrics(hits, entropy)
 
 

@@ -1,15 +1,13 @@
-"""InfoNCE as one op of PyTorch: which backend runs, what is kept, autograd, and many ranks."""
+"""InfoNCE as one op of PyTorch: which backend runs, what is kept, and autograd."""
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
 from fastxm.ops import info_nce_blocks as blocks
 from fastxm.ops import info_nce_reference as reference
-from fastxm.ops.distributed import gather_rows, row_counts
 
 BACKENDS = {"reference": reference, "cpu": blocks}
 # elements whose products cost as much time as to write one product and read it again
@@ -32,26 +30,13 @@ def backend(x: Tensor) -> Any:
     return BACKENDS[dispatch.choose("info_nce", x.device, auto, tuple(BACKENDS))]
 
 
-def across_ranks(x, y, a, b, labels, symmetric, smoothing, group, budget):
-    """Losses and statistics of this rank's rows among those of all, and how many a rank has."""
-    counts = row_counts(len(x), x.device, group)
-    labels = None if labels is None else gather_rows(labels, counts, group)
-    options = (labels, False, smoothing, sum(counts[: dist.get_rank(group)]))
-    all_x, all_y, all_a, all_b = (gather_rows(t, counts, group) for t in (x, y, a, b))
-    losses, statistics, *_ = losses_of(x, all_y, a, all_b, *options, store(x, all_y, budget))
-    found = [statistics]
-    if symmetric:
-        columns, *more = losses_of(y, all_x, b, all_a, *options, store(y, all_x, budget))
-        losses, found = (losses + columns) / 2, [statistics, more[0]]
-    return losses, found, sum(counts) / len(counts)
-
-
 @torch.library.custom_op("fastxm::info_nce_fwd", mutates_args=())
 def losses_of(x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None, symmetric: bool,
               smoothing: float, offset: int, stored: bool,
               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses [N], statistics of rows [3, N] and of columns [3, M] (or [3, 0]), kept products."""
-    return backend(x).fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored)
+    with torch.autocast(x.device.type, enabled=False):
+        return backend(x).fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored)
 
 
 @torch.library.custom_op("fastxm::info_nce_bwd", mutates_args=())
@@ -59,7 +44,8 @@ def gradients_of(dloss: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, labe
          row_lse: Tensor, column_lse: Tensor, kept: Tensor, symmetric: bool, smoothing: float,
          offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
-    return backend(x).bwd(dloss, x, y, a, b, *given)
+    with torch.autocast(x.device.type, enabled=False):
+        return backend(x).bwd(dloss, x, y, a, b, *given)
 
 
 @losses_of.register_fake

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from check import gradient, no_worse
+from formulas import info_nce_formula as formula
+from formulas import info_nce_metrics
 
 from fastxm.ops import backend, info_nce, info_nce_blocks, info_nce_op
 from fastxm.ops.info_nce_op import losses_of
@@ -24,30 +25,6 @@ OPTIONS = [
 def _blocks(monkeypatch, request):
     monkeypatch.setattr(info_nce_blocks, "BLOCK", 4096)
     monkeypatch.setattr(info_nce_op, "WORTH", {} if request.param else {"cpu": 1 << 30})
-
-
-def formula(x, y, scale, symmetric=True, normalize=False, labels=None, label_smoothing=0.0,
-            offset=0, reduction="mean"):  # fmt: skip
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if normalize:
-        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-    s = (x @ y.T).to(dtype) * scale
-    one_hot = torch.eye(len(y), dtype=dtype, device=x.device)[offset : offset + len(x)]
-    other = torch.ones_like(s, dtype=torch.bool)
-    if labels is not None:
-        other = labels[offset : offset + len(x), None] != labels[None, :]
-    candidates = other | one_hot.bool()
-
-    def direction(s, one_hot, candidates):
-        share = candidates.to(dtype) / candidates.sum(1, keepdim=True)
-        target = (1 - label_smoothing) * one_hot + label_smoothing * share
-        log_p = s - s.masked_fill(~candidates, -math.inf).logsumexp(1, keepdim=True)
-        return -(target * log_p).sum(1)
-
-    loss = direction(s, one_hot, candidates)
-    if symmetric:
-        loss = 0.5 * (loss + direction(s.T, one_hot.T, candidates.T))
-    return {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]
 
 
 def inputs(N, M, D, device, dtype=torch.float32):
@@ -137,6 +114,15 @@ def test_two_runs_and_any_thread_count_give_the_same_bits(options, device):
         assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_metrics(name):
+    x, y, scale = inputs(40, 40, 9, "cpu", torch.float64)
+    for options in ({}, {"symmetric": False, "labels": torch.arange(40) % 7}, {"normalize": True}):
+        with backend(name):
+            _, metrics = info_nce(x, y, scale, return_metrics=True, **options)
+        torch.testing.assert_close(torch.stack(metrics), info_nce_metrics(x, y, scale, **options))
+
+
 def test_large_logits(device):
     x, y, _ = inputs(130, 130, 2048, device)
     scale = torch.tensor(100.0, device=device)
@@ -212,6 +198,10 @@ def test_dispatch(device):
         out = info_nce(x.bfloat16(), y.bfloat16(), scale)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, info_nce(x.bfloat16().float(), y.bfloat16().float(), scale))
+    with backend("reference"):
+        plain = info_nce(x, y, scale)
+        with torch.autocast(device, torch.bfloat16):
+            assert torch.equal(info_nce(x, y, scale), plain)
     assert info_nce(x.double(), y.double(), 2.0).dtype == torch.float64
     with backend("triton"), pytest.raises(RuntimeError, match="no triton backend"):
         info_nce(x, y, scale)
