@@ -15,6 +15,7 @@
 #include "cpu/region_word.h"
 #include "cpu/simd.h"
 #ifdef FASTXM_CUDA
+#include "cuda/info_nce.h"
 #include "cuda/modulation.h"
 #endif
 
@@ -65,6 +66,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("region_word_bwd_cpu", &fastxm::region_word_bwd_cpu, release());
   m.def("region_word_pool_cpu", &fastxm::region_word_pool_cpu, release());
 #ifdef FASTXM_CUDA
+  m.def("info_nce_workspace_cuda", &fastxm::info_nce_workspace_cuda, release());
+  m.def("info_nce_fwd_cuda", &fastxm::info_nce_fwd_cuda, release());
+  m.def("info_nce_bwd_cuda", &fastxm::info_nce_bwd_cuda, release());
+  m.def("info_nce_small_cuda", &fastxm::info_nce_small_cuda, release());
   m.def("modulation_cuda", &fastxm::modulation_cuda, release());
 #endif
 }

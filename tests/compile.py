@@ -4,7 +4,8 @@
 
 Each module of kernels/ ends with COMPILES, a list of (kernel, signature, constants, options): the
 jit function, {argument: type}, {constexpr argument: value}, {"num_warps": ..., "num_stages": ...}.
-A spill beyond ALLOWED_SPILLS bytes fails.
+A type that ends in :16 is of multiples of 16, as addresses are. Options may name "archs" of their
+own. A spill beyond ALLOWED_SPILLS bytes fails.
 """
 
 import argparse
@@ -44,10 +45,13 @@ def compile_triton() -> list[dict]:
             continue
         module = importlib.import_module(f"fastxm.kernels.{path.stem}")
         for kernel, signature, constants, options in module.COMPILES:
-            for arch in TRITON_ARCHS:
-                full = {**signature, **dict.fromkeys(constants, "constexpr")}
-                ordered = {name: full[name] for name in kernel.arg_names}
-                source = ASTSource(kernel, ordered, constexprs=constants)
+            options = dict(options)
+            full = {**signature, **dict.fromkeys(constants, "constexpr")}
+            ordered = {name: full[name].removesuffix(":16") for name in kernel.arg_names}
+            whole = [i for i, name in enumerate(kernel.arg_names) if full[name].endswith(":16")]
+            aligned = {(i,): [["tt.divisibility", 16]] for i in whole}
+            source = ASTSource(kernel, ordered, constexprs=constants, attrs=aligned)
+            for arch in options.pop("archs", TRITON_ARCHS):
                 built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
                 usage = {"shared": built.metadata.shared, **cubin_usage(built.asm["cubin"])}
                 names = {k: str(v) for k, v in constants.items()}

@@ -17,6 +17,21 @@ inline void check_launch(const char* kernel) {
     throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
+// runs a kernel over a row of blocks, or nothing if there are none
+template <class... Params, class... Given>
+void launch(const char* name, void (*kernel)(Params...), std::int64_t blocks, int threads,
+            cudaStream_t stream, const Given&... given) {
+  if (blocks == 0) return;
+  if (blocks >= std::int64_t(1) << 31)
+    throw std::invalid_argument(std::string(name) + ": too many blocks for one launch");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, given...);
+  check_launch(name);
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ double to_float(double x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

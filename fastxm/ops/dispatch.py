@@ -153,3 +153,8 @@ def rnorm(x: Tensor, dtype: torch.dtype) -> Tensor:
 def threads() -> int:
     """How many threads C++ kernels use: as many as PyTorch."""
     return torch.get_num_threads()
+
+
+def stream(x: Tensor) -> int | None:
+    """The stream that CUDA kernels over x go to, None where x is on no GPU."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None

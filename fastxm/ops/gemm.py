@@ -1,7 +1,8 @@
-"""Rows packed for the tile kernels of fastxm._C: bfloat16 products with float32 accumulators.
+"""Matrix products with float32 accumulators and results, of the vendor's or of our own.
 
 On a CPU torch.mm gives bfloat16 back, which rounds a logit of 100 by 0.2; and what follows a
-product is cheapest while a tile of it is still in the first level of the cache.
+product is cheapest while a tile of it is still in the first level of the cache: so there rows are
+packed for the tile kernels of fastxm._C. On a GPU torch.mm gives float32 of halves.
 """
 
 import torch
@@ -14,18 +15,39 @@ from fastxm.ops.dispatch import threads
 PANEL = 64  # columns of a panel
 LEVEL: str = _C.gemm_level()
 PACKED = {"bfloat16": (torch.bfloat16, torch.float32), "float32": (torch.float32,)}.get(LEVEL, ())
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def operands(*rows: Tensor) -> tuple[Tensor, ...]:
-    """The rows [.., D] as a tile kernel takes them: of one dtype, contiguous, pairs of bfloat16.
+    """The rows [.., D] as products take them: of one dtype, contiguous, 4 or 16 bytes long.
 
-    bfloat16 stays where all have it and the machine multiplies it; else float32 (or float64).
+    Halves stay where all are of one kind and the machine multiplies them; else float32 (float64).
     """
     dtype = torch.promote_types(rows[0].dtype, rows[-1].dtype)
-    if dtype not in PACKED:
+    cuda = rows[0].is_cuda
+    if dtype not in (HALVES if cuda else PACKED):
         dtype = torch.promote_types(dtype, torch.float32)
-    odd = dtype == torch.bfloat16 and rows[0].shape[-1] % 2
-    return tuple(F.pad(r.to(dtype), (0, odd)).contiguous() for r in rows)
+    short = -rows[0].shape[-1] % (8 if cuda else 2) if dtype in HALVES else 0
+    rows = tuple(r.to(dtype).contiguous() for r in rows)
+    return tuple(F.pad(r, (0, short)) for r in rows) if short else rows
+
+
+def multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """out [N, M] = x [N, D] y [D, M], in the dtype of out: x's, or float32 of halves on a GPU."""
+    if x.dtype == out.dtype:
+        torch.mm(x, y, out=out)
+    else:
+        torch.mm(x, y, out_dtype=out.dtype, out=out)
+
+
+def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """out [N, M] += x [N, D] y [D, M], as near to float32 as the vendor's product comes."""
+    if x.dtype == out.dtype:
+        out.addmm_(x, y)
+    elif x.is_cuda:  # torch 2.9 cannot add float32 to a product of halves
+        out += torch.mm(x, y, out_dtype=out.dtype)
+    else:
+        out += torch.mm(x, y)
 
 
 def times(a: Tensor, y: Tensor, out: Tensor) -> None:

@@ -1,21 +1,23 @@
-"""InfoNCE by blocks of rows, in O((N + M) D) memory: products, and one C++ pass over each tile.
+"""InfoNCE by blocks of rows, in O((N + M) D) memory: products, and one native pass over them.
 
 Where fastxm._C has a tile kernel for the dtype it makes the products too, and no logit leaves the
 cache; else the vendor's matrix product makes a block of them. The backward writes the gradient of
-a block of logits, which two vendor products take on to x and y.
+a block of logits, which two vendor products take on to x and y: in x's dtype, but in float32 for
+float16, in which the share of one pair in thousands would be 0.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops import gemm
-from fastxm.ops.dispatch import threads
+from fastxm.ops import dispatch, gemm
 from fastxm.ops.info_nce_sums import backward, forward, new_sums
 
 BLOCK = 16 << 20  # bytes of a block
+LAUNCH = 8  # on a GPU as many of them, so that its work outlasts a launch
 TINY = 1e-18  # stands for a factor of 0: gradients are divided by it, and stay exact
 
 
@@ -25,7 +27,7 @@ class _Logits:
     def __init__(self, x, y, a, b, row_labels, labels, offset):
         self.x, self.y = gemm.operands(x, y)
         self.half = self.x.dtype == torch.bfloat16
-        self.wide = torch.float32 if self.half else self.x.dtype
+        self.wide = torch.promote_types(self.x.dtype, torch.float32)
         self.a, self.b = (f.to(self.wide).masked_fill(f == 0, TINY) for f in (a, b))
         self.row_labels, self.labels = (
             None if which is None else which.long().contiguous() for which in (row_labels, labels)
@@ -34,7 +36,7 @@ class _Logits:
 
     def blocks(self, width: int) -> list[slice]:
         """Rows, of which a block with `width` bytes a row has about BLOCK bytes."""
-        n = max(16, BLOCK // max(1, width))
+        n = max(16, BLOCK * (LAUNCH if self.x.is_cuda else 1) // max(1, width))
         return [slice(i, min(i + n, len(self.x))) for i in range(0, len(self.x), n)]
 
     def room(self, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
@@ -49,13 +51,26 @@ class _Logits:
         products: [n, M], where they are if `ready`, else to be written, or left out if None.
         """
         if products is not None and not ready and self.panels is None:
-            torch.mm(self.x[here], self.y.T, out=products)
+            gemm.multiply(self.x[here], self.y.T, products)
         panels = None if ready else self.panels
         (N, D), M = self.x[here].shape, len(self.y)
         sizes = (self.wide == torch.float64, N, M, self.offset + here.start, self.half, D, D)
         row_labels = None if self.row_labels is None else self.row_labels[here]
         tensors = (self.x[here], panels, products, self.a[here], self.b, row_labels, self.labels)
         return sizes, tuple(0 if t is None else t.data_ptr() for t in tensors)
+
+    def run(self, part: str, tiles: tuple, *arguments: Any) -> None:
+        """What fastxm._C does to a block of logits: part is "fwd" or "bwd"."""
+        stream = dispatch.stream(self.x)
+        if stream is None:
+            getattr(_C, f"info_nce_{part}_cpu")(*tiles, *arguments, dispatch.threads())
+            return
+        if part == "fwd":
+            _, rows, columns, *_ = tiles[0]
+            workspace = self.a.new_empty(_C.info_nce_workspace_cuda(rows, columns))
+            arguments = (*arguments, workspace.data_ptr())
+        with torch.cuda.device_of(self.x):
+            getattr(_C, f"info_nce_{part}_cuda")(*tiles, *arguments, stream)
 
 
 def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,10 +94,8 @@ def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor
             products = kept[here]
         else:
             products = None if room is None else room[: here.stop - here.start]
-        _C.info_nce_fwd_cpu(
-            *logits.tiles(here, products),
-            *(row[:, here].data_ptr(), N, column.data_ptr(), threads()),
-        )
+        tiles = logits.tiles(here, products)
+        logits.run("fwd", tiles, row[:, here].data_ptr(), N, column.data_ptr())
     return row, column, kept
 
 
@@ -94,23 +107,26 @@ def gradients(
     row [3, N], column [3, M] or None: `terms`. kept: products that `sums` stored, or none.
     """
     logits = _Logits(x, y, a, b, row_labels, labels, offset)
-    N = len(x)
-    dx, dy = torch.empty_like(logits.x), logits.y.new_zeros(logits.y.shape, dtype=logits.wide)
-    blocks, room = logits.room(logits.x.dtype)
+    N, ready = len(x), len(kept) > 0
+    # what the gradients are products of
+    of_x, of_y = (
+        t.to(logits.wide) if t.dtype == torch.float16 else t for t in (logits.x, logits.y)
+    )
+    dx, dy = torch.empty_like(of_x), of_y.new_zeros(of_y.shape, dtype=logits.wide)
+    blocks, room = logits.room(of_x.dtype)
+    products = None
+    if logits.panels is None and not ready:
+        products = room if of_x.dtype == logits.wide else torch.empty_like(room, dtype=logits.wide)
     for here in blocks:
         ds = room[: here.stop - here.start]
-        products = None if logits.panels is not None else ds
-        ready = len(kept) > 0
-        _C.info_nce_bwd_cpu(
-            *logits.tiles(here, kept[here] if ready else products, ready=ready),
+        made = products if products is None else products[: len(ds)]
+        logits.run(
+            *("bwd", logits.tiles(here, kept[here] if ready else made, ready=ready)),
             *(row[:, here].data_ptr(), N, 0 if column is None else column.data_ptr()),
-            *(smoothing, logits.half, ds.data_ptr(), threads()),
+            *(smoothing, logits.half, ds.data_ptr()),
         )
-        torch.mm(ds, logits.y, out=dx[here])
-        if logits.half:
-            dy += torch.mm(ds.T, logits.x[here])
-        else:
-            dy.addmm_(ds.T, logits.x[here])
+        torch.mm(ds, of_y, out=dx[here])
+        gemm.accumulate(dy, ds.T, of_x[here])
     da = inner(logits.x, dx) / logits.a
     db = inner(logits.y, dy) / logits.b
     D = x.shape[1]
@@ -119,7 +135,8 @@ def gradients(
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """Inner products of rows, wide, a few rows at a time."""
-    parts = zip(x.split(1024), y.split(1024))
+    some = 1 << 14 if x.is_cuda else 1024
+    parts = zip(x.split(some), y.split(some))
     wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return torch.cat([torch.linalg.vecdot(p.to(wide), q.to(wide)) for p, q in parts])
 

@@ -1,5 +1,6 @@
 """InfoNCE as one op of PyTorch: which backend runs, what is kept, and autograd."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,11 +8,14 @@ from torch import Tensor
 
 from fastxm.ops import dispatch
 from fastxm.ops import info_nce_blocks as blocks
+from fastxm.ops import info_nce_cuda as cuda
 from fastxm.ops import info_nce_reference as reference
+from fastxm.ops import info_nce_triton as triton
 
-BACKENDS = {"reference": reference, "cpu": blocks}
-# elements whose products cost as much time as to write one product and read it again
-WORTH = {"cpu": 64, "cuda": 512}
+BACKENDS = {"reference": reference, "cpu": blocks, "cuda": cuda, "triton": triton}
+# elements whose products cost as much time as to write one product and read it again; elsewhere
+# products are made again: a GPU makes them faster, or the whole problem is one launch
+WORTH = {"cpu": 64}
 
 
 def store(x: Tensor, y: Tensor, budget: int) -> bool:
@@ -21,13 +25,20 @@ def store(x: Tensor, y: Tensor, budget: int) -> bool:
     operations and c bytes a second that is less than 2 D operations from D = itemsize r / c on.
     """
     size = len(x) * len(y) * dispatch.wide_dtype(x, y).itemsize
-    return size <= budget and x.shape[1] >= WORTH.get(x.device.type, 0)
+    return size <= budget and x.shape[1] >= WORTH.get(x.device.type, math.inf)
 
 
-def backend(x: Tensor) -> Any:
-    """The C++ blocks on a CPU."""
-    auto = "cpu" if x.device.type == "cpu" else "reference"
-    return BACKENDS[dispatch.choose("info_nce", x.device, auto, tuple(BACKENDS))]
+def backend(x: Tensor, y: Tensor) -> Any:
+    """The C++ blocks on a CPU. On a GPU CUDA, which launches once for a small problem and also
+    takes float64, or Triton for any other that is larger; else the formula."""
+    device, float64 = x.device, dispatch.wide_dtype(x, y) == torch.float64
+    offered = [name for name in BACKENDS if not (name == "triton" and float64)]
+    auto = "cpu" if device.type == "cpu" else "reference"
+    if device.type == "cuda":
+        first = ("cuda", "triton") if float64 or cuda.small(x, y) else ("triton", "cuda")
+        found = [name for name in first if name in offered and not dispatch.missing(name)]
+        auto = found[0] if found else "reference"
+    return BACKENDS[dispatch.choose("info_nce", device, auto, offered)]
 
 
 @torch.library.custom_op("fastxm::info_nce_fwd", mutates_args=())
@@ -36,7 +47,7 @@ def losses_of(x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None,
               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses [N], statistics of rows [3, N] and of columns [3, M] (or [3, 0]), kept products."""
     with torch.autocast(x.device.type, enabled=False):
-        return backend(x).fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored)
+        return backend(x, y).fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored)
 
 
 @torch.library.custom_op("fastxm::info_nce_bwd", mutates_args=())
@@ -45,7 +56,7 @@ def gradients_of(dloss: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, labe
          offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
     with torch.autocast(x.device.type, enabled=False):
-        return backend(x).bwd(dloss, x, y, a, b, *given)
+        return backend(x, y).bwd(dloss, x, y, a, b, *given)
 
 
 @losses_of.register_fake

@@ -63,7 +63,7 @@ def across_ranks(x, y, a, b, labels, symmetric, smoothing, group, budget):
 
 def _sums(x, y, a, b, o: Options) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Sums of this rank's rows and their positives [6, N], of its columns [5, N], and products."""
-    backend = info_nce_op.backend(x)
+    backend = info_nce_op.backend(x, y)
     rows, kept = torch.empty(0), []  # rows: until the first chunk, its own
 
     def visit(chunk, own):
@@ -83,7 +83,7 @@ def _sums(x, y, a, b, o: Options) -> tuple[Tensor, Tensor | None, list[Tensor]]:
 
 def _gradients(row, column, x, y, a, b, kept, o: Options) -> tuple[Tensor, ...]:
     """dx, dy, da and db of this rank's rows, from its terms [3, N]."""
-    backend, kept = info_nce_op.backend(x), iter(kept)
+    backend, kept = info_nce_op.backend(x, y), iter(kept)
     dx, da = torch.zeros_like(wide(x)[0]), torch.zeros_like(a)
 
     def visit(chunk, own):

@@ -15,7 +15,10 @@ Forward = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, row_stats, column_stats
 
 def new_sums(column: Tensor) -> Tensor:
     """Sums [5, 1] of nothing; the reference is below every other, and a number."""
-    return column.new_tensor([-1e30, 0, 0, 0, -torch.inf])[:, None]
+    sums = column.new_zeros(5, 1)
+    sums[0].fill_(-1e30)
+    sums[4].fill_(-torch.inf)
+    return sums
 
 
 def join(p: Tensor, q: Tensor) -> Tensor:
@@ -31,8 +34,10 @@ def candidates(labels: Tensor | None, N: int, M: int, offset: int) -> Tensor | i
     """How many columns each row chooses from: the positive, and all that have other labels."""
     if labels is None:
         return max(M, 1)
-    _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
-    return M + 1 - counts[inverse[offset : offset + N]]
+    ordered, own = labels.sort().values, labels[offset : offset + N]
+    # unlike unique, nothing here waits for a GPU
+    same = torch.searchsorted(ordered, own, right=True) - torch.searchsorted(ordered, own)
+    return M + 1 - same
 
 
 def finish(sums: Tensor, positive: Tensor, smoothing: float, count) -> tuple[Tensor, Tensor]:

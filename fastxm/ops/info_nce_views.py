@@ -76,7 +76,7 @@ def _pairs(z: Tensor, factor: Tensor, scale: Tensor) -> list[tuple[slice, slice,
 @torch.library.custom_op("fastxm::info_nce_views_fwd", mutates_args=())
 def losses_of(z: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [2N] and log-sum-exps [2N]."""
-    backend = info_nce_op.backend(z)
+    backend = info_nce_op.backend(z, z)
     sums = new_sums(factor).repeat(1, len(z))
     for p, q, given in _pairs(z, factor, scale):
         with torch.autocast(z.device.type, enabled=False):
@@ -94,7 +94,7 @@ def losses_of(z: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
 def gradients_of(
     dloss: Tensor, z: Tensor, factor: Tensor, scale: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend, every = info_nce_op.backend(z), terms(lse, dloss, 0, 1)
+    backend, every = info_nce_op.backend(z, z), terms(lse, dloss, 0, 1)
     dz, (da, db) = factor.new_zeros(z.shape), factor.new_zeros(2, len(z))
     for p, q, given in _pairs(z, factor, scale):
         row, column = every[:, p].contiguous(), every[:, q].contiguous()
