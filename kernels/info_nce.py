@@ -185,7 +185,7 @@ CANDIDATES = [
     _config(128, 128, 64, 2, 8, 3),
     _config(128, 64, 64, 2, 4, 4),
     _config(128, 128, 32, 3, 8, 3),
-    _config(128, 64, 32, 2, 4, 3),
+    _config(64, 64, 32, 1, 4, 3),
 ]
 CONFIGS = [_config(32, 32, 32, 1, 4, 1)] if knobs.runtime.interpret else CANDIDATES
 SHORTEST = min(config.kwargs["BLOCK_N"] for config in CONFIGS)
@@ -194,10 +194,11 @@ PART = 256  # columns, or a multiple: no tile crosses the border of a part
 
 def _fits(config: triton.Config, itemsize: int, arch: int) -> bool:
     # a tile's rows are 128 bytes long, and so are fetched whole; tensor cores of sm_80 take their
-    # operands from registers, which leaves room for fewer sums a thread
+    # operands from registers, those of float32 in three parts: room for fewer sums a thread
     tile = config.kwargs
     held = tile["BLOCK_N"] * tile["BLOCK_M"] // (32 * config.num_warps)
-    return tile["BLOCK_D"] * itemsize == 128 and held <= (128 if arch >= 90 else 64)
+    room = 128 if arch >= 90 else 128 // itemsize
+    return tile["BLOCK_D"] * itemsize == 128 and held <= room
 
 
 def _fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:

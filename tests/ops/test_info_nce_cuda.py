@@ -117,7 +117,7 @@ def test_forward(shape, options, dtype, on):
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_backward(shape, options, dtype, on):
     ours, plain = (gradient(bind(f, options, shape[1], on)) for f in (info_nce, formula))
-    no_worse(ours, plain, *inputs(*shape, on, dtype))
+    no_worse(ours, plain, *inputs(*shape, on, dtype), factor=3)
 
 
 @pytest.mark.parametrize("classes", [None, 5])
@@ -135,7 +135,7 @@ def test_derivatives(on):
     for N, options in ((5, OPTIONS[-1]), (270, {"label_smoothing": 0.1})):
         x, y, scale = (t.double() for t in inputs(N, N, 3, on))
         ours, plain = (gradient(bind(f, options, N, on), (0, 1, 2)) for f in (info_nce, formula))
-        no_worse(ours, plain, x, y, scale)
+        torch.testing.assert_close(ours(x, y, scale), plain(x, y, scale), rtol=1e-12, atol=1e-14)
 
 
 def test_large_logits(on):
