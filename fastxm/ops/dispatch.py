@@ -145,16 +145,6 @@ def unit_rows(x: Tensor) -> Tensor:
     return x * x.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
-def rnorm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What makes the rows of x [N, D] unit rows, rsqrt(max(sum x^2, 1e-12)): [N], of a dtype."""
-    return x.to(dtype).square().sum(-1).clamp_min(1e-12).rsqrt()
-
-
 def threads() -> int:
     """How many threads C++ kernels use: as many as PyTorch."""
     return torch.get_num_threads()
-
-
-def stream(x: Tensor) -> int | None:
-    """The stream that CUDA kernels over x go to, None where x is on no GPU."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None

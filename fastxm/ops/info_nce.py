@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.info_nce_op import losses_of, store
+from fastxm.ops.info_nce_op import losses_of, rnorm, store
 from fastxm.ops.info_nce_ranks import across_ranks
 
 
@@ -105,7 +105,7 @@ def _factors(x: Tensor, y: Tensor, scale: float | Tensor, normalize: bool) -> tu
         scale = scale.to(x.device, dtype).reshape(())
     if not normalize:
         return x.new_ones(len(x), dtype=dtype) * scale, y.new_ones(len(y), dtype=dtype)
-    return dispatch.rnorm(x, dtype) * scale, dispatch.rnorm(y, dtype)
+    return rnorm(x, dtype) * scale, rnorm(y, dtype)
 
 
 def _metrics(*statistics: Tensor) -> Metrics:

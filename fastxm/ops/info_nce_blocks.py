@@ -21,6 +21,11 @@ LAUNCH = 8  # on a GPU as many of them, so that its work outlasts a launch
 TINY = 1e-18  # stands for a factor of 0: gradients are divided by it, and stay exact
 
 
+def stream(x: Tensor) -> int | None:
+    """The stream that CUDA kernels over x go to, None where x is on no GPU."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+
+
 class _Logits:
     """s[i, j] = a[i] b[j] <x[i], y[j]>, some rows at a time."""
 
@@ -61,8 +66,8 @@ class _Logits:
 
     def run(self, part: str, tiles: tuple, *arguments: Any) -> None:
         """What fastxm._C does to a block of logits: part is "fwd" or "bwd"."""
-        stream = dispatch.stream(self.x)
-        if stream is None:
+        queue = stream(self.x)
+        if queue is None:
             getattr(_C, f"info_nce_{part}_cpu")(*tiles, *arguments, dispatch.threads())
             return
         if part == "fwd":
@@ -70,7 +75,7 @@ class _Logits:
             workspace = self.a.new_empty(_C.info_nce_workspace_cuda(rows, columns))
             arguments = (*arguments, workspace.data_ptr())
         with torch.cuda.device_of(self.x):
-            getattr(_C, f"info_nce_{part}_cuda")(*tiles, *arguments, stream)
+            getattr(_C, f"info_nce_{part}_cuda")(*tiles, *arguments, queue)
 
 
 def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor, Tensor]:

@@ -68,4 +68,4 @@ def launch(inputs: tuple, offset: int, smoothing: float, *more: Tensor | None) -
     addresses = [0 if t is None else t.data_ptr() for t in (*inputs, *more)]
     addresses += [0] * (14 - len(addresses))
     with torch.cuda.device_of(x):
-        _C.info_nce_small_cuda(sizes, addresses, smoothing, dispatch.stream(x))
+        _C.info_nce_small_cuda(sizes, addresses, smoothing, blocks.stream(x))

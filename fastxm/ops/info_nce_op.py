@@ -41,6 +41,11 @@ def backend(x: Tensor, y: Tensor) -> Any:
     return BACKENDS[dispatch.choose("info_nce", device, auto, offered)]
 
 
+def rnorm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What makes the rows of x [N, D] unit rows, rsqrt(max(sum x^2, 1e-12)): [N], of a dtype."""
+    return x.to(dtype).square().sum(-1).clamp_min(1e-12).rsqrt()
+
+
 @torch.library.custom_op("fastxm::info_nce_fwd", mutates_args=())
 def losses_of(x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None, symmetric: bool,
               smoothing: float, offset: int, stored: bool,

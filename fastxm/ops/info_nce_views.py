@@ -44,7 +44,7 @@ def info_nce_views(
         raise TypeError(f"info_nce_views needs floating tensors, not {x.dtype} and {y.dtype}")
     z = torch.cat([x, y])
     dtype = dispatch.wide_dtype(z)
-    factor = dispatch.rnorm(z, dtype) if normalize else z.new_ones(len(z), dtype=dtype)
+    factor = info_nce_op.rnorm(z, dtype) if normalize else z.new_ones(len(z), dtype=dtype)
     scale = torch.as_tensor(logit_scale, dtype=dtype, device=z.device).reshape(())
     return losses_of(z, factor, scale)[0]
 
