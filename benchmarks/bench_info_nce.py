@@ -1,20 +1,27 @@
 """InfoNCE, symmetric, with a learned scale: python benchmarks/bench_info_nce.py --help"""
 
 import math
+import os
+from functools import partial
 
 import torch
-from common import Case, Shape, compiled, main, ours, peer
+from common import Case, Provider, Shape, compiled, main, ours, peer, wide
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastxm.ops import info_nce
+from fastxm.ops.info_nce_op import store
 
 SHAPES = {
     "cpu": [
-        {"N": 1024, "D": 512, "dtype": "float32"},
-        {"N": 4096, "D": 512, "dtype": "float32"},
-        {"N": 4096, "D": 512, "dtype": "bfloat16"},
+        {"N": 256, "D": 512, "dtype": "float32"},
+        *({"N": n, "D": 512, "dtype": "float32"} for n in (512, 1024, 2048, 4096, 8192, 16384)),
+        *({"N": n, "D": 512, "dtype": "bfloat16"} for n in (512, 1024, 2048, 4096, 8192, 16384)),
+        {"N": 4096, "D": 128, "dtype": "float32"},
+        {"N": 4096, "D": 256, "dtype": "float32"},
+        {"N": 4096, "D": 128, "dtype": "bfloat16"},
+        {"N": 4096, "D": 256, "dtype": "bfloat16"},
     ],
     "cuda": [
         {"N": 4096, "D": 512, "dtype": "bfloat16"},
@@ -25,16 +32,47 @@ SHAPES = {
     ],
     "quick": [{"N": 64, "D": 64, "dtype": "float32"}],
 }
+SMALL = {"N": 128}  # where providers are compared with float64
+ALONE = {
+    "cpu": [
+        (name, {"N": 16384, "D": 512, "dtype": dtype})
+        for dtype in ("float32", "bfloat16")
+        for name in ("fastxm", "eager")
+    ],
+    "cuda": [("fastxm", {"N": 32768, "D": 512, "dtype": "bfloat16"})],
+    "quick": [("fastxm", {"N": 512, "D": 64, "dtype": "float32"})],
+}
 SCALE = 1 / 0.07
+BIAS = -10.0  # of the sigmoid loss
 ROWS = 512  # of a block, in the chunked form
-MOST_PAIRS = 512  # pytorch-metric-learning compares every positive with every negative: N^3
+MOST_PAIRS = 256  # pytorch-metric-learning compares every positive with every negative: N^3
+# on a CPU: rows at which one call takes seconds
+LONG = {"eager": 8192, "compiled": 8192, "open_clip": 8192, "chunked checkpoint": 4096,
+        "info-nce-pytorch": 4096, "cut-cross-entropy": 4096, "fastxm reference": 1024}  # fmt: skip
+# matrices [N, N] of float32 that plain PyTorch holds at once
+MATRICES = {"eager": 4.2, "compiled": 4.2, "open_clip": 4.3, "info-nce-pytorch": 4.6}
 
 
 def eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """One product, both directions of it: the fastest plain form."""
-    logits = (scale.to(x.dtype) * x @ y.T).float()
+    logits = wide(scale.to(x.dtype) * x @ y.T)
     labels = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def renormalised(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    return eager(F.normalize(x, dim=1), F.normalize(y, dim=1), scale)
+
+
+def nt_xent(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    z = F.normalize(torch.cat([x, y]), dim=1)
+    logits = wide(scale.to(x.dtype) * z @ z.T).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(x)))
+
+
+def sigmoid(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    signs = 2 * torch.eye(len(x), device=x.device, dtype=x.dtype) - 1
+    return -F.logsigmoid(wide(signs * (scale.to(x.dtype) * x @ y.T + BIAS))).sum() / len(x)
 
 
 def open_clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -49,7 +87,7 @@ def chunked(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
     def block(a: Tensor, b: Tensor, first: int) -> Tensor:
         labels = torch.arange(first, first + len(a), device=a.device)
-        logits = (scale.to(a.dtype) * a @ b.T).float()
+        logits = wide(scale.to(a.dtype) * a @ b.T)
         return F.cross_entropy(logits, labels, reduction="sum")
 
     total = torch.zeros((), device=x.device)
@@ -98,7 +136,7 @@ def siglip(package):
     temperature = math.log(SCALE)
 
     def run(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        bias = torch.tensor(-10.0, device=x.device)
+        bias = torch.tensor(BIAS, device=x.device)
         return package.fused_siglip_loss(x, y, torch.tensor(temperature, device=x.device), bias)
 
     return run
@@ -127,22 +165,58 @@ def peers(n: int, device: str) -> dict:
     }
 
 
+def forms(x: Tensor, y: Tensor) -> dict[str, Provider | str]:
+    """Ours with the products kept for the backward, and with none kept."""
+    default = store(x, y, info_nce.__kwdefaults__["stored_bytes"])
+    same = "this is what fastxm chooses here"
+    never = "products are made again on this device"
+    everything = partial(info_nce, stored_bytes=1 << 62)
+    return {
+        "fastxm recomputed": partial(info_nce, stored_bytes=0) if default else same,
+        "fastxm stored": same if default else everything if store(x, y, 1 << 62) else never,
+    }
+
+
+def too_much(name: str, n: int, device: str) -> str | None:
+    """Why a provider is left out on a CPU, which has no allocator that would refuse."""
+    if device != "cpu":
+        return None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need = 4 * n * n * MATRICES.get(name, 0)
+    if need > memory / 2:
+        return f"needs some {need / 1e9:.0f} GB, more than half of the memory"
+    return None
+
+
+def too_long(name: str, n: int, device: str) -> str | None:
+    if device == "cpu" and n > LONG.get(name, n):
+        return f"not timed beyond N = {LONG[name]}, to keep the run short"
+    return None
+
+
 def case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
     n, d = shape["N"], shape["D"]
     x, y = (F.normalize(torch.randn(n, d, device=device), dim=1).to(dtype) for _ in range(2))
     scale = torch.tensor(SCALE, device=device)
     providers = {"eager": eager, "compiled": compiled(eager), **ours(info_nce, device)}
+    if device == "cpu":
+        del providers["fastxm cpu"]  # which "fastxm" is
+    providers |= forms(x, y) | peers(n, device)
     return Case(
         inputs=tuple(t.requires_grad_() for t in (x, y, scale)),
-        providers=providers | peers(n, device),
+        providers={name: too_much(name, n, device) or p for name, p in providers.items()},
         work=(2 * n * n * d, 8 * n * n * d),
-        # a sigmoid; more negatives; a gradient without its radial part, by a norm inside
-        other={"siglip-kernel", "pytorch-metric-learning", "info-nce-pytorch"},
+        other={
+            "info-nce-pytorch": ("the loss of rows that it normalises again", renormalised),
+            "pytorch-metric-learning": ("NT-Xent of 2 N rows: four times the pairs", nt_xent),
+            "siglip-kernel": ("the sigmoid loss", sigmoid),
+        },
+        untimed={name: why for name in providers if (why := too_long(name, n, device))},
     )
 
 
 def run(argv: list[str] | None = None) -> list[dict]:
-    return main("info_nce", SHAPES, case, argv)
+    return main("info_nce", SHAPES, case, argv, small=SMALL, alone=ALONE)
 
 
 if __name__ == "__main__":

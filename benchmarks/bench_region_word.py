@@ -1,7 +1,7 @@
 """Region-word scores of all pairs: python benchmarks/bench_region_word.py --help"""
 
 import torch
-from common import Case, Shape, compiled, main, ours
+from common import Case, Shape, compiled, main, ours, wide
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +20,15 @@ SHAPES = {
     ],
     "quick": [{"B": 3, "T": 5, "R": 8, "D": 16, "dtype": "float32"}],
 }
+SMALL = {"B": 5}  # where providers are compared with float64
+ALONE = {
+    "cpu": [
+        (name, {"B": 64, "T": 17, "R": 256, "D": 256, "dtype": "float32"})
+        for name in ("fastxm", "AttnGAN loop", "eager")
+    ],
+    "cuda": [("fastxm", {"B": 256, "T": 17, "R": 256, "D": 768, "dtype": "bfloat16"})],
+    "quick": [("fastxm", {"B": 3, "T": 5, "R": 8, "D": 16, "dtype": "float32"})],
+}
 SHARP = 5.0
 
 
@@ -27,7 +36,7 @@ def eager(regions: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
     """Every pair at once: [B, B, T, R] attention and [B, B, T, D] contexts."""
     regions, words = F.normalize(regions, dim=-1), F.normalize(words, dim=-1)
     cosines = torch.einsum("ird,tjd->tijr", regions, words)
-    attention = (SHARP * cosines.float()).softmax(-1).to(words.dtype)
+    attention = (SHARP * wide(cosines)).softmax(-1).to(words.dtype)
     contexts = torch.einsum("tijr,ird->tijd", attention, regions)
     return pooled(F.cosine_similarity(contexts, words[:, None], dim=-1), lengths)
 
@@ -37,7 +46,7 @@ def per_picture(regions: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
     words = F.normalize(words, dim=-1)
     columns = []
     for picture in F.normalize(regions, dim=-1):
-        attention = (SHARP * (words @ picture.T).float()).softmax(-1).to(words.dtype)
+        attention = (SHARP * wide(words @ picture.T)).softmax(-1).to(words.dtype)
         columns.append(F.cosine_similarity(attention @ picture, words, dim=-1))
     return pooled(torch.stack(columns, dim=1), lengths)
 
@@ -45,7 +54,7 @@ def per_picture(regions: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
 def pooled(cosines: Tensor, lengths: Tensor) -> Tensor:
     """[B, B, T] -> [B, B]"""
     padding = torch.arange(cosines.shape[-1], device=cosines.device) >= lengths[:, None]
-    logits = (SHARP * cosines.float()).masked_fill(padding[:, None], -torch.inf)
+    logits = (SHARP * wide(cosines)).masked_fill(padding[:, None], -torch.inf)
     return logits.logsumexp(-1) / SHARP
 
 
@@ -74,7 +83,7 @@ def case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def run(argv: list[str] | None = None) -> list[dict]:
-    return main("region_word", SHAPES, case, argv)
+    return main("region_word", SHAPES, case, argv, small=SMALL, alone=ALONE)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from memory import peak_memory
+from memory import peak_alone, peak_memory
 from plot import plot
 from timing import repeats, sample
 from torch import Tensor
@@ -32,6 +32,7 @@ from fastxm.ops import backend
 from fastxm.ops.dispatch import BACKENDS, missing
 
 ROOT = Path(__file__).parent.parent
+LEAST = 3  # samples of a slow call
 Shape = dict[str, Any]
 Provider = Callable[..., "Tensor | tuple[Tensor, ...]"]
 DTYPES = {
@@ -51,14 +52,17 @@ class Case:
         providers: functions of the inputs by name, or the line that says why there is none.
         work: operations or bytes of forward, and of forward and backward together.
         bound: "gemm" if the work is operations, "copy" if it is bytes.
-        other: providers that compute another function, which is not compared.
+        other: what providers compute that do not compute the first one's function: in words, and as
+            a formula.
+        untimed: why providers are not run here, whose memory can still be measured alone.
     """
 
     inputs: tuple[Tensor, ...]
     providers: dict[str, Provider | str]
     work: tuple[float, float]
     bound: str = "gemm"
-    other: set[str] = field(default_factory=set)
+    other: dict[str, tuple[str, Provider]] = field(default_factory=dict)
+    untimed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,11 @@ def peer(module: str, build: Callable[[Any], Provider], *, cuda_on: str = "") ->
         return build(importlib.import_module(module))
     except Exception as error:  # a peer that cannot be imported must not end the run
         return describe(error)
+
+
+def wide(t: Tensor) -> Tensor:
+    """In float32, or in float64 if it is that."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def compiled(formula: Provider) -> Provider:
@@ -151,26 +160,60 @@ def difference(result: Any, truth: Any) -> float:
     return math.nan if any(map(math.isnan, found)) else max(found)
 
 
+def float64_errors(case: Case) -> dict[str, float]:
+    """The `difference` of each provider that runs from float64, of the function that it computes.
+
+    The formulas, and the first provider, keep float64 as it is.
+    """
+    first = next(iter(case.providers.values()))
+    floats = [t.is_floating_point() for t in case.inputs]
+    wide = tuple(
+        t.detach().double().requires_grad_(t.requires_grad) if is_float else t
+        for t, is_float in zip(case.inputs, floats)
+    )
+    truths: dict[Provider | str, Any] = {}
+    found = {}
+    for name, provider in case.providers.items():
+        if isinstance(provider, str):
+            continue
+        formula = case.other[name][1] if name in case.other else first
+        if formula not in truths:
+            truths[formula] = calls(formula, wide)["forward_backward"]()
+        with contextlib.suppress(Exception):  # one that fails here fails, and says so, in `measure`
+            result = calls(provider, case.inputs)["forward_backward"]()
+            found[name] = difference(result, truths[formula])
+    return found
+
+
 def limit(bound: str, dtype: torch.dtype, device: str, quick: bool) -> tuple[Callable, float]:
-    """A call that runs at the machine's limit, and its operations (gemm) or bytes (copy)."""
+    """A call that runs at the machine's limit, warmed up, and its operations (gemm) or bytes."""
     if bound == "copy":
         count = 2**20 if quick else {"cpu": 2**26, "cuda": 2**30}[device]
         source = torch.randn(count // 4, device=device)
-        target = torch.empty_like(source)
+        target = source.clone()
         return lambda: target.copy_(source), 2 * 4 * source.numel()
     n = 256 if quick else {"cpu": 2048, "cuda": 8192}[device]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
+    out = torch.mm(a, b)
     return lambda: torch.mm(a, b, out=out), 2 * n**3
 
 
-def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list[dict]:
+def measure(
+    case: Case, dtype: torch.dtype, args: argparse.Namespace, errors: dict[str, float]
+) -> list[dict]:
     """One row a provider; the first row is the machine's limit."""
     limiter, amount = limit(case.bound, dtype, args.device, args.quick)
     ready: dict[tuple[str, str], Callable] = {("limit", case.bound): limiter}
-    rows = {name: {"provider": name} for name in case.providers}
+    rows: dict[str, dict] = {name: {"provider": name} for name in case.providers}
     truth = None
+    for name, error in errors.items():
+        rows[name]["float64_error"] = error
+        if name in case.other:
+            rows[name]["computes"] = case.other[name][0]
+        elif not error < torch.finfo(dtype).eps ** 0.5:  # which is no rounding
+            rows[name]["computes"] = "NOT THE SAME, without this being known"
     for name, provider in case.providers.items():
+        provider = case.untimed.get(name, provider)
         if isinstance(provider, str):
             rows[name]["skipped"] = provider
             continue
@@ -204,15 +247,20 @@ def measure(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list[di
 
 
 def interleave(ready: dict, args: argparse.Namespace, rows: dict) -> dict[Any, list[float]]:
-    """Times of every call in seconds: a slice of each in turn, `args.rounds` times."""
+    """Times of every call in seconds: a slice of each in turn, `args.rounds` times.
+
+    One that takes longer than its slice leaves out the rounds after `args.seconds`, but for LEAST.
+    """
     each = {key: repeats(call, args.device, args.seconds / args.rounds)
             for key, call in ready.items()}  # fmt: skip
     times: dict[Any, list[float]] = {key: [] for key in ready}
     for _ in range(args.rounds):
         for key in list(times):
+            if len(times[key]) >= LEAST and sum(times[key]) >= args.seconds > 0:
+                continue
             try:
                 times[key] += sample(ready[key], each[key], args.device)
-            except Exception as error:  # noqa: PERF203
+            except Exception as error:
                 rows[key[0]]["error"] = describe(error)
                 del times[key]
     return times
@@ -237,6 +285,7 @@ COLUMNS = {
     "vs eager": "speedup_over_eager:.2f",
     "vs compiled": "speedup_over_compiled:.2f",
     "rel. diff": "difference:.1e",
+    "float64": "float64_error:.1e",
 }
 
 
@@ -257,6 +306,8 @@ def table(title: str, rows: list[dict], columns: dict[str, str] = COLUMNS) -> st
             cells = [key.split(":") for key in columns.values()]
             texts = [format(row[k], spec) if row.get(k) is not None else "-" for k, spec in cells]
             lines.append([row["provider"], *texts])
+            if "computes" in row:
+                notes.append(f"{row['provider']}: computes {row['computes']}")
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
@@ -318,6 +369,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--providers", nargs="+", help="only those whose name begins so")
     flags.add_argument("--rounds", type=int, default=7)
     flags.add_argument("--seconds", type=float, default=2.0, help="of each provider and shape")
+    flags.add_argument("--kernels", type=Path, help="of tests/compile.py --json: kept as well")
     flags.add_argument("--out", type=Path, help="folder (results/<machine>)")
     return flags
 
@@ -350,6 +402,9 @@ def main(
     shapes: dict[str, list[Shape]],
     make: Callable[[Shape, torch.dtype, str], Case],
     argv: Sequence[str] | None = None,
+    *,
+    small: Shape | None = None,
+    alone: dict[str, Sequence[tuple[str, Shape]]] | None = None,
 ) -> list[dict]:
     """Runs the benchmark of one op and returns its rows.
 
@@ -358,6 +413,9 @@ def main(
         shapes: by "cpu", "cuda" and "quick"; each with a "dtype" of DTYPES.
         make: (shape, dtype, device) -> Case.
         argv: command line, default sys.argv.
+        small: sizes at most so large, at which every provider is compared with float64.
+        alone: as `shapes`: (provider, shape) whose peak memory is measured in a process of its own,
+            too, unless other shapes or providers were asked for.
     """
     args = parser(f"Benchmark of {op}.").parse_args(argv)
     if args.quick:
@@ -368,26 +426,46 @@ def main(
     folder = output_folder(args, env)
     head = f"{env['chip']}, {env['threads']} threads, torch {env['torch']}, {env['commit']}"
     rows: list[dict] = []
+    result: dict[str, Any] = {"op": op, **env, "rows": rows}
+    if args.kernels:
+        every = json.loads(args.kernels.read_text())
+        result["kernels"] = [row for row in every if row["kernel"].startswith(op)]
+    errors: dict[str, dict[str, float]] = {}  # of small shapes
     for shape in chosen:
         torch.manual_seed(0)
         torch._dynamo.reset()
         with precision(shape["dtype"]):
-            case = make(shape, DTYPES[shape["dtype"]], args.device)
-            if args.providers:
-                wanted = tuple(args.providers)
-                case.providers = {k: v for k, v in case.providers.items() if k.startswith(wanted)}
-            found = measure(case, DTYPES[shape["dtype"]], args)
+            dtype = DTYPES[shape["dtype"]]
+            tiny = {k: min(v, (small or {}).get(k, v)) for k, v in shape.items()}
+            if small and str(tiny) not in errors:
+                case = pick(make(tiny, dtype, args.device), args.providers)
+                errors[str(tiny)] = float64_errors(case)
+            case = pick(make(shape, dtype, args.device), args.providers)
+            found = measure(case, dtype, args, errors.get(str(tiny), {}))
         label = " ".join(f"{k}={v}" for k, v in shape.items())
         print(table(f"{op} {label} ({head}; {speed(found[0])})", found), flush=True)
         rows += [{**shape, **row} for row in found]
         if folder:
-            write(folder / f"{op}.json", {"op": op, **env, "rows": clean(rows)})
+            write(folder / f"{op}.json", result | {"rows": clean(rows)})
         del case
         gc.collect()
+    if alone and not (args.shapes or args.providers):
+        wanted = alone["quick" if args.quick else args.device]
+        result["memory"] = [peak_alone(op, name, shape, args.device) for name, shape in wanted]
+        columns = {"peak MB": "peak_mb:.1f", **{k: f"{k}:" for k in wanted[0][1]}}
+        print(table(f"{op}, each in a process of its own", result["memory"], columns), flush=True)
     if folder:
+        write(folder / f"{op}.json", result | {"rows": clean(rows)})
         plot(rows, folder / f"{op}.png", f"{op}: {head}")
         print(f"\nwritten: {folder / op}.json", file=sys.stderr)
     return rows
+
+
+def pick(case: Case, names: Sequence[str] | None) -> Case:
+    """The case with the providers whose names begin so, or all."""
+    wanted = tuple(names or [""])
+    case.providers = {k: v for k, v in case.providers.items() if k.startswith(wanted)}
+    return case
 
 
 def speed(row: dict) -> str:

@@ -30,8 +30,7 @@ def sample(call: Callable[[], Any], count: int, device: str) -> list[float]:
 
 
 def repeats(call: Callable[[], Any], device: str, seconds: float) -> int:
-    """How many calls fill a slice of so many seconds; the calls made here are the warm-up."""
-    sample(call, 1, device)
+    """How many calls fill a slice of so many seconds, of a call that has run before."""
     once = sample(call, 1, device)[0]
     if once < seconds / 10:
         once = min(sample(call, 5, device))

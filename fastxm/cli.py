@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import os
 import signal
@@ -423,21 +424,21 @@ def show(found: dict[str, dict[str, Any]]) -> None:
 
 
 def bench(arguments: list[str]) -> int:
-    """Time the ops, or one of them, against plain PyTorch."""
+    """Time the ops, or those that are named, against plain PyTorch."""
     folder = Path(fastxm.__file__).parent.parent / "benchmarks"
     scripts = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
     if not scripts:
         raise FileNotFoundError(f"no benchmarks in {folder}: they come with a checkout of fastxm")
     if arguments and arguments[0] in ("-h", "--help"):
-        say("usage: fastxm bench [NAME] [flags of the script]", "", f"NAME: {', '.join(scripts)}")
+        say("usage: fastxm bench [NAME ...] [flags of the scripts]", "",
+            f"NAME: {', '.join(scripts)}")  # fmt: skip
         return 0
-    chosen, rest = list(scripts.values()), arguments
-    if arguments and not arguments[0].startswith("-"):
-        if arguments[0] not in scripts:
-            raise ValueError(f"no benchmark {arguments[0]!r}: there are {', '.join(scripts)}")
-        chosen, rest = [scripts[arguments[0]]], arguments[1:]
-    codes = [subprocess.run([sys.executable, str(path), *rest], check=False).returncode
-             for path in chosen]  # fmt: skip
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if unknown := [name for name in names if name not in scripts]:
+        raise ValueError(f"no benchmark {unknown[0]!r}: there are {', '.join(scripts)}")
+    rest = arguments[len(names) :]
+    codes = [subprocess.run([sys.executable, str(scripts[name]), *rest], check=False).returncode
+             for name in names or scripts]  # fmt: skip
     return max(codes)
 
 

@@ -34,6 +34,56 @@ def test_op(op, device, tmp_path):
         assert by_name[name]["difference"] < 1e-4
         assert by_name[name]["forward_ms"] > 0
         assert by_name[name]["forward_backward_of_limit"] > 0
+    if op in ("info_nce", "region_word"):
+        assert by_name["fastxm"]["float64_error"] < 1e-4
+        assert "computes" not in by_name["fastxm"]
+
+
+def test_providers_compute_what_they_say(capsys):
+    """Peers too, where they are installed, and the formulas of those that compute another loss."""
+    common, script = (importlib.import_module(name) for name in ("common", "bench_info_nce"))
+    case = script.case({"N": 40, "D": 32, "dtype": "float32"}, torch.float32, "cpu")
+    case.providers["a wrong one"] = lambda x, y, scale: 1.01 * script.eager(x, y, scale)
+    case.providers["known"] = lambda x, y, scale: script.sigmoid(x, y, scale)
+    case.other["known"] = ("the sigmoid loss", script.sigmoid)
+    del case.providers["compiled"]
+    errors = common.float64_errors(case)
+    wrong = errors.pop("a wrong one")
+    assert wrong > 1e-3
+    assert {"eager", "fastxm", "fastxm recomputed", "open_clip", "chunked checkpoint"} < set(errors)
+    assert {name for name, error in errors.items() if not error < 1e-5} == set()
+    args = common.parser("").parse_args(["--quick", "--device", "cpu", "--seconds", "0"])
+    rows = common.measure(case, torch.float32, args, errors | {"a wrong one": wrong})
+    told = {row["provider"]: row.get("computes") for row in rows}
+    assert told["eager"] is None
+    assert told["known"] == "the sigmoid loss"
+    assert told["a wrong one"].startswith("NOT THE SAME")
+
+
+def test_what_a_machine_does_not_hold_or_takes_too_long_is_not_run(monkeypatch):
+    script = importlib.import_module("bench_info_nce")
+    assert script.too_much("eager", 1 << 20, "cpu").endswith("more than half of the memory")
+    assert script.too_much("eager", 64, "cpu") is None
+    assert script.too_much("fastxm", 1 << 20, "cpu") is None
+    assert "beyond N = 8192" in script.too_long("eager", 8193, "cpu")
+    assert script.too_long("eager", 8192, "cpu") is None
+
+
+def test_memory_of_info_nce_grows_with_n_d():
+    """The bound of the page, where the products of all pairs would not fit under it."""
+    memory = importlib.import_module("memory")
+    if memory.peak_memory(lambda: None, "cpu") is None:
+        pytest.skip("this system does not tell the high-water mark")
+    n, d = 6144, 64
+    shape = {"N": n, "D": d, "dtype": "float32"}
+    row = memory.peak_alone("info_nce", "fastxm", shape, "cpu")
+    bound = 64 + 4 * n * d * 4 / 1e6
+    assert bound < n * n * 4 / 1e6 / 2
+    assert 2 * n * d * 4 / 1e6 < row["peak_mb"] < bound, row
+    assert (
+        "half of the memory"
+        in memory.peak_alone("info_nce", "eager", shape | {"N": 1 << 18, "D": 1}, "cpu")["skipped"]
+    )
 
 
 def test_failure_is_a_row(monkeypatch, tmp_path, capsys):

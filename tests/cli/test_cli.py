@@ -198,8 +198,13 @@ def test_bench_runs_a_script_and_returns_its_code(tmp_path, monkeypatch, capsys)
     assert cli.main(["bench", "op"]) == 0
     assert cli.main(["bench", "op", "--quick"]) == 3
     assert cli.main(["bench"]) == 0
-    assert "no benchmark 'po': there are op" in refused(capsys, "bench", "po")
+    assert "no benchmark 'po': there are op" in refused(capsys, "bench", "op", "po")
+    other = tmp_path / "benchmarks" / "bench_other.py"
+    other.write_text("import sys; sys.exit(5)")
+    assert cli.main(["bench", "op", "other"]) == 5
+    assert cli.main(["bench", "op"]) == 0
     script.unlink()
+    other.unlink()
     assert "come with a checkout" in refused(capsys, "bench")
 
 
