@@ -28,7 +28,7 @@ CUBIN_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 PTXAS_USAGE = re.compile(
     r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-    r"Used (\d+) registers",
+    r"Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
     re.DOTALL,
 )
 
@@ -37,6 +37,7 @@ def compile_triton() -> list[dict]:
     """One row for each kernel, configuration and architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import sm_arch_from_capability
     from triton.compiler import ASTSource
 
     rows = []
@@ -56,7 +57,8 @@ def compile_triton() -> list[dict]:
                 usage = {"shared": built.metadata.shared, **cubin_usage(built.asm["cubin"])}
                 names = {k: str(v) for k, v in constants.items()}
                 name = f"{path.stem}.{kernel.__name__}"
-                head = {"kernel": name, "arch": f"sm_{arch}", "constants": names}
+                sm = sm_arch_from_capability(arch)
+                head = {"kernel": name, "arch": sm, "constants": names}
                 rows.append({**head, **options, **usage})
     return rows
 
@@ -85,7 +87,8 @@ def cuobjdump() -> str:
 
 
 def compile_cuda() -> list[dict]:
-    """One row for each kernel of each .cu and architecture."""
+    """One row for each kernel of each .cu and architecture; shared memory asked for at a launch
+    is not in it."""
     rows = []
     for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         for arch in CUDA_ARCHS:
@@ -95,10 +98,11 @@ def compile_cuda() -> list[dict]:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{path.name} does not compile for sm_{arch}:\n{done.stderr}")
-            for name, sm, stack, stores, loads, registers in PTXAS_USAGE.findall(done.stderr):
+            for name, sm, *numbers in PTXAS_USAGE.findall(done.stderr):
+                stack, stores, loads, registers, shared = (int(n or 0) for n in numbers)
                 rows.append({"kernel": f"{path.stem}.cu:{name}", "arch": f"sm_{sm}",
-                             "registers": int(registers), "stack": int(stack),
-                             "spills": int(stores) + int(loads)})  # fmt: skip
+                             "registers": registers, "stack": stack, "spills": stores + loads,
+                             "shared": shared})  # fmt: skip
     return rows
 
 

@@ -42,7 +42,7 @@ def test_op(op, device, tmp_path):
 def test_providers_compute_what_they_say(capsys):
     """Peers too, where they are installed, and the formulas of those that compute another loss."""
     common, script = (importlib.import_module(name) for name in ("common", "bench_info_nce"))
-    case = script.case({"N": 40, "D": 32, "dtype": "float32"}, torch.float32, "cpu")
+    case = script.case({"N": 40, "D": 64, "dtype": "float32"}, torch.float32, "cpu")
     case.providers["a wrong one"] = lambda x, y, scale: 1.01 * script.eager(x, y, scale)
     case.providers["known"] = lambda x, y, scale: script.sigmoid(x, y, scale)
     case.other["known"] = ("the sigmoid loss", script.sigmoid)
