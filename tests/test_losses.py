@@ -1,9 +1,11 @@
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from check import peak_bytes
+from check import gradient, no_worse, peak_bytes
 from torch import nn
 
 from fastxm import losses
@@ -63,6 +65,64 @@ def test_clip_loss():
     truth = derivatives(plain_clip, *given)
     torch.testing.assert_close(derivatives(losses.ClipLoss(), *given), truth)
     torch.testing.assert_close(losses.clip_loss(*given[:3]), truth[0])
+
+
+def two_products(image, text, scale, bias):
+    """open_clip's ClipLoss on one rank, rewritten: a product for each direction."""
+    target = torch.arange(len(image))
+    of_images = scale * image @ text.T + bias
+    of_texts = scale * text @ image.T + bias
+    return (F.cross_entropy(of_images, target) + F.cross_entropy(of_texts, target)) / 2
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    """The package's loss module, which needs torch alone; the package also needs torchvision."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        pytest.skip("open_clip is not installed")
+    path = Path(package.origin).with_name("loss.py")
+    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def learned(loss):
+    """A loss of features before their normalisation and of the scale's logarithm, as trained."""
+
+    def f(image, text, log_scale):
+        return loss(F.normalize(image, dim=1), F.normalize(text, dim=1), log_scale.exp())
+
+    return f
+
+
+CLIP_SHAPES = [(1, 3), (7, 5), (65, 33), (200, 64)]  # B, D
+
+
+def features(batch, width, dtype=torch.float64):
+    log_scale = torch.tensor(math.log(1 / 0.07), dtype=dtype)
+    return *torch.randn(2, batch, width, dtype=dtype), log_scale
+
+
+@pytest.mark.parametrize("shape", CLIP_SHAPES, ids=str)
+def test_clip_loss_is_open_clips_mathematics(shape):
+    given = features(*shape)
+    plain = learned(lambda image, text, scale: two_products(image, text, scale, 0.0))
+    truth = derivatives(plain, *given)
+    torch.testing.assert_close(derivatives(learned(losses.ClipLoss()), *given), truth)
+    single = [t.float() for t in given]
+    no_worse(gradient(learned(losses.ClipLoss())), gradient(plain), *single)
+
+
+@pytest.mark.parametrize("shape", CLIP_SHAPES, ids=str)
+def test_clip_loss_is_open_clips(shape, open_clip):
+    given = features(*shape)
+    truth = derivatives(learned(open_clip.ClipLoss()), *given)
+    torch.testing.assert_close(derivatives(learned(losses.ClipLoss()), *given), truth)
+    theirs = open_clip.ClipLoss()(*given[:2], 2.0, output_dict=True)
+    ours = losses.ClipLoss()(*given[:2], 2.0, output_dict=True)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_siglip_loss():
