@@ -50,7 +50,7 @@ def curves(rows: list[dict], memory: list[dict], path: Path, depth: int) -> None
     more = [r for r in memory if (r["provider"], r["N"], r["dtype"]) not in known]
     drawn = [r for r in [*rows, *more] if r["D"] == depth and r["provider"] not in HIDDEN]
     dtypes = list(dict.fromkeys(row["dtype"] for row in drawn))
-    names = [name for name in dict.fromkeys(row["provider"] for row in drawn) if name != "limit"]
+    names = list(dict.fromkeys(row["provider"] for row in drawn if row.get("peak_mb")))
     figure = Figure(figsize=(4.6 * len(dtypes), 7), layout="constrained")
     axes = figure.subplots(2, len(dtypes), squeeze=False, sharex=True, sharey="row")
     parts = (("forward_backward_ms", "ms"), ("peak_mb", "MB beyond inputs"))
@@ -66,7 +66,7 @@ def curves(rows: list[dict], memory: list[dict], path: Path, depth: int) -> None
             axis.grid(alpha=0.3)
         limits = [(r["N"], r["limit_ms"]) for r in of_dtype if "limit_ms" in r]
         column[0].plot(*zip(*sorted(limits)), "k--", lw=1, label="limit: matrix products alone")
-        sizes = sorted({row["N"] for row in of_dtype})
+        sizes = sorted({row["N"] for row in drawn})
         column[1].set_xticks(sizes, [str(n) for n in sizes], fontsize=7)
         column[1].minorticks_off()
         column[0].set_title(f"{dtype}, D = {depth}: forward + backward", fontsize=9)

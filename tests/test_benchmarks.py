@@ -86,6 +86,37 @@ def test_memory_of_info_nce_grows_with_n_d():
     )
 
 
+def test_page_has_its_tables_and_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    page, sizes = importlib.import_module("page"), {"N": 8, "D": 4, "dtype": "float32"}
+    measured = {"forward_backward_ms": 20.0, "forward_backward_of_limit": 0.5, "peak_mb": 3.0}
+    rows = [
+        {**sizes, "provider": "limit"},
+        {**sizes, "provider": "fastxm", **measured, "float64_error": 1e-7},
+        {**sizes, "provider": "quick", **measured, "forward_backward_ms": 5.0, "computes": "less"},
+    ]
+    alone = [{**sizes, "N": 16, "provider": "fastxm", "peak_mb": 4.0}]
+    kernel = {"kernel": "op._it_kernel", "registers": 9, "spills": 0, "shared": 64}
+    result = {"op": "info_nce", "chip": "a chip", "threads": 1, "torch": "2", "commit": "abc",
+              "rows": rows, "memory": alone, "kernels": [{**kernel, "arch": "sm_90a"}]}  # fmt: skip
+    for op in ("info_nce", "region_word"):
+        (tmp_path / f"{op}.json").write_text(json.dumps(result))
+    text = tmp_path / "text.md"
+    text.write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n")
+    for _ in range(2):  # a second time replaces what the first one wrote
+        page.main([str(tmp_path), "--page", str(text)])
+    found = text.read_text()
+    assert found.startswith("before\n")
+    assert found.endswith("after\n")
+    assert "old" not in found
+    assert found.count("| fastxm | **20 (2.00)** | 1e-07 |") == 2
+    assert "| fastxm | 3 | 4 |" in found
+    assert "quick computes less." in found
+    assert "| Triton `it_kernel`, sm_90a | 1 | 9 | 0 | 64 |" in found
+    assert text.with_suffix(".png").stat().st_size > 10_000
+    assert (ROOT / "docs/contrastive.md").read_text().count(page.MARKS[0]) == 1
+
+
 def test_failure_is_a_row(monkeypatch, tmp_path, capsys):
     script = importlib.import_module("bench_modulation")
 
