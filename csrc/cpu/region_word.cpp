@@ -282,10 +282,9 @@ void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t ds, std:
       std::int64_t at = k * regions;
       differentiate(pointer<const T>(s) + at, pointer<T>(ds) + at, pointer<const T>(alpha) + at,
                     pointer<const T>(h) + at, pointer<T>(twice) + at, pointer<const T>(dots) + k,
-                    pointer<const T>(word_rnorm) + e.starts[t],
-                    pointer<const T>(square) + k, n, regions, static_cast<T>(sharp),
-                    static_cast<T>(pool), word_softmax, pointer<const T>(dscores)[t * stride + p],
-                    pointer<T>(radial) + k, scratch);
+                    pointer<const T>(word_rnorm) + e.starts[t], pointer<const T>(square) + k, n,
+                    regions, static_cast<T>(sharp), static_cast<T>(pool), word_softmax,
+                    pointer<const T>(dscores)[t * stride + p], pointer<T>(radial) + k, scratch);
     };
     std::int64_t scratch = gradient_scratch(longest(e), regions, word_softmax);
     for_each_text<T>(e, regions, scratch, threads, text);

@@ -48,7 +48,7 @@ class _Block:
     """Regions [P, R, D] of some pictures, of any dtype, and what the words make of them."""
 
     def __init__(self, words: _Words, regions: Tensor, rooms: list[Tensor]):
-        (P, R, D), K, texts = regions.shape, words.texts.K, words.texts
+        (P, _, D), K, texts = regions.shape, words.texts.K, words.texts
         self.words, self.every_words = words, words.packed.expand(P, K, D)
         (self.picture, self.grad, self.s, self.alpha, self.h, self.inner, self.dots, self.square,
          self.radial) = (room[:P] for room in rooms)  # fmt: skip
@@ -123,7 +123,7 @@ def _blocks(words: _Words, regions: Tensor) -> Iterator[tuple[slice, _Block]]:
     shapes = ((R, D), (R, D), (K, R), (K, R), (K, R), inner, (K,), (K,), (K,))
     dtypes = [words.products.dtype] + [words.wide] * 8
     # kernels leave what is of no word as it is
-    new = regions.new_zeros if regions.is_cuda else regions.new_empty
+    new = regions.new_empty if words.texts.counted else regions.new_zeros
     rooms = [new((P, *shape), dtype=dtype) for shape, dtype in zip(shapes, dtypes)]
     for i in range(0, B, P):
         yield slice(i, i + P), _Block(words, regions[i : i + P], rooms)

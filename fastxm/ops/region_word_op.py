@@ -11,16 +11,18 @@ from fastxm.ops import region_word_products as products
 from fastxm.ops import region_word_reference as reference
 from fastxm.ops import region_word_triton as triton
 
-BACKENDS = {"reference": reference, "cpu": blocks, "triton": triton}
+BACKENDS = {"reference": reference, "cpu": blocks, "cuda": blocks, "triton": triton}
 
 
 def backend(regions: Tensor, words: Tensor) -> Any:
-    """The C++ blocks on a CPU. On a GPU Triton, else the formula, which also takes float64."""
+    """The C++ blocks on a CPU. On a GPU Triton, which skips padding and makes its own products; of
+    float64, which it does not take, or without it the CUDA blocks; else the formula."""
     device, float64 = words.device, dispatch.wide_dtype(regions, words) == torch.float64
     offered = [name for name in BACKENDS if not (name == "triton" and float64)]
     auto = "cpu" if device.type == "cpu" else "reference"
-    if device.type == "cuda" and "triton" in offered and not dispatch.missing("triton"):
-        auto = "triton"
+    if device.type == "cuda":
+        first = [name for name in ("triton", "cuda") if name in offered]
+        auto = next((name for name in first if not dispatch.missing(name)), "reference")
     return BACKENDS[dispatch.choose("region_word", device, auto, offered)]
 
 

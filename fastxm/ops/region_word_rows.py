@@ -21,17 +21,20 @@ def through_norms(grad: Tensor, unit: Tensor, norm: Tensor) -> None:
 class Texts:
     """The words of all texts, one after the other: those of text t from starts[t] on.
 
-    Their number starts[-1] is K, or on a GPU, which is not waited for, at most K: places behind
-    them are of no word.
+    Their number starts[-1] is K if they are `counted`. A GPU is not waited for: there K is all that
+    could be, and the places behind the words are of none.
     """
 
-    def __init__(self, words: Tensor, lengths: Tensor):
+    def __init__(self, words: Tensor, lengths: Tensor, *, counted: bool | None = None):
         T = words.shape[1]
+        self.counted = not words.is_cuda if counted is None else counted
         self.valid = valid_words(words, lengths)  # [B_text, T]
         self.starts = torch.nn.functional.pad(self.valid.sum(1).cumsum(0), (1, 0))
         flat = self.valid.flatten()
-        # a stable sort of all, if they are not to be counted here
-        self.order = flat.int().argsort(0, True, True) if flat.is_cuda else flat.nonzero()[:, 0]
+        if self.counted:
+            self.order = flat.nonzero()[:, 0]
+        else:
+            self.order = flat.int().argsort(descending=True, stable=True)
         self.K, self.text = len(self.order), self.order // T
         places = self.starts[:-1, None] + torch.arange(T, device=words.device)
         self.places = places.clamp_max(max(0, self.K - 1))  # [B_text, T]

@@ -1,5 +1,7 @@
 """The Triton kernels of region_word: in the interpreter on a CPU, and on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from test_region_word import FORMS, formula, inputs
 from fastxm.ops import backend, region_word_op, region_word_scores, region_word_strips
 from fastxm.ops import region_word_products as products
 from fastxm.ops import region_word_triton as triton
+from fastxm.ops.region_word_rows import Texts
 
 SHAPES = [  # B_image, R, D, B_text, T
     (1, 1, 2, 1, 1),
@@ -33,13 +36,14 @@ def device():
 
 @pytest.fixture(params=["kept", "again"])
 def _kept(monkeypatch, request):
-    """What a GPU keeps of the forward, or nothing; a picture at a time."""
+    """What a GPU keeps of the forward, or nothing; words not counted; a picture at a time."""
 
     def shape(regions, words, keep):
         wanted = keep and request.param == "kept"
         return (len(regions), words.shape[0] * words.shape[1], 1) if wanted else (0, 0, 0)
 
     monkeypatch.setattr(products, "kept_shape", shape)
+    monkeypatch.setattr(region_word_strips, "Texts", partial(Texts, counted=False))
     monkeypatch.setattr(region_word_strips, "STRIP", 1)
 
 
