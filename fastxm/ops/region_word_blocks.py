@@ -34,15 +34,6 @@ class _Words:
         self.rnorm = norms(self.packed, self.wide).reciprocal()
         self.sharp, self.pool, self.word_softmax = sharp, pool, word_softmax
 
-    def kept(self, kept: Tensor, R: int) -> tuple[Tensor, Tensor] | None:
-        """Where s and the contexts (or h) of all pictures are kept, if they are."""
-        (P, _, width), K = kept.shape, self.texts.K
-        if width <= 1:
-            return None
-        sizes = [P * K * R, P * K * (width - R)]
-        s, product = kept.view(-1)[: sum(sizes)].split(sizes)
-        return s.view(P, K, R), product.view(P, K, width - R)
-
 
 class _Block:
     """Regions [P, R, D] of some pictures, of any dtype, and what the words make of them."""
@@ -54,19 +45,13 @@ class _Block:
          self.radial) = (room[:P] for room in rooms)  # fmt: skip
         self.ds, self.twice = self.s, self.h
         self.norm = None if words.word_softmax else norms(regions, words.wide)
-        if self.norm is None:
-            self.picture.copy_(regions)
-        else:
-            torch.div(regions, self.norm, out=self.picture)
+        torch.div(regions, 1 if self.norm is None else self.norm, out=self.picture)
         self.sizes = (texts.starts.data_ptr(), len(texts.valid), P, K)
 
     def keep(self, s: Tensor, product: Tensor) -> None:
         """Lets s and the contexts (or h) have their places elsewhere."""
         self.s = s
-        if self.words.gram:
-            self.h = product
-        else:
-            self.inner = product
+        setattr(self, "h" if self.words.gram else "inner", product)
 
     def run(self, part: str, *arguments: Any) -> None:
         """What fastxm._C does to the blocks; tensors are given as their addresses."""
@@ -132,7 +117,7 @@ def _blocks(words: _Words, regions: Tensor) -> Iterator[tuple[slice, _Block]]:
 def fwd(regions, words, lengths, kept, *options) -> Tensor:
     packed = _Words(regions, words, lengths, *options)
     scores = kept.new_empty(len(words), len(regions))
-    places = packed.kept(kept, regions.shape[1])
+    places = products.kept_places(kept, regions, packed.texts.K)
     if places is None:
         kept.fill_(torch.nan)  # which tells Triton's backward that nothing was kept
     for some, block in _blocks(packed, regions):
@@ -145,7 +130,7 @@ def fwd(regions, words, lengths, kept, *options) -> Tensor:
 def bwd(dscores, regions, words, lengths, kept, *options, of_words) -> tuple[Tensor, Tensor]:
     dscores = dscores.contiguous()
     packed = _Words(regions, words, lengths, *options)
-    places = packed.kept(kept, regions.shape[1])
+    places = products.kept_places(kept, regions, packed.texts.K)
     # NaN is the mark of a backend that keeps nothing; one of the inputs' comes again
     if places is not None and bool(places[0][0, :, 0].isnan().any()):
         places = None

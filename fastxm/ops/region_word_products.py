@@ -95,6 +95,16 @@ def gram(regions: Tensor, words: Tensor) -> bool:
     return wide and R > 32 and R * (D + K) < K * D
 
 
+def kept_places(kept: Tensor, regions: Tensor, K: int) -> tuple[Tensor, Tensor] | None:
+    """Where s [P, K, R] and the contexts (or h) [P, K, ..] of all pictures are, if kept."""
+    (P, R, _), width = regions.shape, kept.shape[2]
+    if width <= 1:
+        return None
+    sizes = [P * K * R, P * K * (width - R)]
+    s, product = kept.view(-1)[: sum(sizes)].split(sizes)
+    return s.view(P, K, R), product.view(P, K, width - R)
+
+
 def kept_shape(regions: Tensor, words: Tensor, keep: bool) -> tuple[int, ...]:
     """The shape of what every forward keeps: on a CPU all of s and the contexts (or h), or nothing;
     on a GPU |c|^2."""

@@ -27,7 +27,7 @@ def _whole(n: int) -> int:
 class Words:
     """The words of all texts, packed, and the options."""
 
-    def __init__(self, regions, words, lengths, sharp, pool, word_softmax, dtype):
+    def __init__(self, dtype, regions, words, lengths, sharp, pool, word_softmax):
         (_, R, D), self.texts, self.dtype = regions.shape, Texts(words, lengths), dtype
         packed = self.texts.pack(words)
         self.rnorm = norms(packed, torch.float32)[:, 0].reciprocal()

@@ -15,7 +15,7 @@ def _dtype(regions: Tensor, words: Tensor) -> torch.dtype:
 
 
 def fwd(regions, words, lengths, kept, *options) -> Tensor:
-    packed = Words(regions, words, lengths, *options, _dtype(regions, words))
+    packed = Words(_dtype(regions, words), regions, words, lengths, *options)
     scores = kept.new_full((len(words), len(regions)), -torch.inf)
     kept.fill_(torch.nan)  # which tells any backward that nothing was kept
     with torch.cuda.device_of(words):
@@ -31,7 +31,7 @@ def bwd(dscores, regions, words, lengths, kept, *options, of_words) -> tuple[Ten
     dtype = _dtype(regions, words)
     dtype = torch.float32 if dtype == torch.float16 else dtype
     known = kept.shape[2] == 1 and dtype == _dtype(regions, words)
-    packed = Words(regions, words, lengths, *options, dtype)
+    packed = Words(dtype, regions, words, lengths, *options)
     dpacked = torch.zeros_like(packed.packed, dtype=torch.float32)
     dregions = torch.zeros_like(regions)
     R, D = regions.shape[1:]
@@ -40,7 +40,7 @@ def bwd(dscores, regions, words, lengths, kept, *options, of_words) -> tuple[Ten
             squares = strip.new(*strip.table).fill_(torch.nan)
             if known:
                 squares.copy_(kept[some, : squares.shape[1], 0])
-            strip.forward(squares, again=True)
+            strip.forward(squares, again=known)
             grad, dwords = strip.backward(dscores[:, some], of_words)
             dregions[some] = grad[:, :R, :D]
             if dwords is not None:
