@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-ALL, ROWS, DEPTH = 0, 1, 2  # what the device counts: nothing, a product's rows, what it sums over
+NEITHER, ROWS, DEPTH = 0, 1, 2  # of a product: what only the device counts
 _ROWS, _DEPTH = tl.constexpr(ROWS), tl.constexpr(DEPTH)
 
 
@@ -139,6 +139,9 @@ def _compiles() -> list:
             constants = {"PRECISION": precision, "COUNTED": counted, **tile}
             constants |= dict.fromkeys(ones, 1)
             rows.append(compiled(_product_kernel, types, constants, options))
+        if element == "*bf16:16":  # of two kinds of halves
+            mixed = {**types, "a": "*fp16:16", "out": element}
+            rows.append(compiled(_product_kernel, mixed, constants, options))
     return rows
 
 

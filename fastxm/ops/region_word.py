@@ -55,7 +55,8 @@ def region_word_scores(
         )
     if not regions.is_floating_point() or not words.is_floating_point():
         raise TypeError(f"regions and words are floating, not {regions.dtype} and {words.dtype}")
-    if lengths.shape != words.shape[:1] or lengths.is_floating_point():
+    counts = not (lengths.is_floating_point() or lengths.dtype == torch.bool)
+    if lengths.shape != words.shape[:1] or not counts:
         raise ValueError(
             f"lengths are integers [{len(words)}], not {lengths.dtype} {lengths.shape}"
         )

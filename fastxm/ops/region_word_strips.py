@@ -42,8 +42,9 @@ class Words:
     def strips(self, regions: Tensor) -> Iterator[tuple[slice, "Strip"]]:
         """Yields groups of pictures, as a slice, and their strips; nothing where no word is."""
         width = _whole(regions.shape[1])
-        most = min(STRIP // max(1, self.texts.K * width * 16), COLUMNS // width)
-        P = max(1, most)
+        depth = 0 if self.gram else self.packed.shape[1]
+        row = 20 * width + 4 * depth  # bytes of s, alpha, ds, twice and g, and of the contexts
+        P = max(1, min(STRIP // max(1, self.texts.K * row), COLUMNS // width))
         for i in range(0, len(regions) if self.texts.K else 0, P):
             some = slice(i, min(i + P, len(regions)))
             yield some, Strip(self, regions[some])
@@ -67,7 +68,7 @@ class Strip:
         return self.rows.new_empty(shape, dtype=dtype)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, words: str) -> Tensor:
-        """out = a b; `words` says which of their sizes is the number of words."""
+        """out = a b; words are the "ROWS" of a, or what is summed over ("DEPTH"), or neither."""
         shape = (a.shape[0], a.shape[1], b.shape[2])
         counted = getattr(self.gemm, words)
         self.gemm.product(a, b, out.view(shape), self.words.count, counted, self.words.precision)
@@ -80,7 +81,7 @@ class Strip:
             return self.rows
         P, width, _ = self.rows.shape
         gram = self.new(P, width, width, dtype=self.words.gram_dtype)
-        return self.product(self.rows, self.rows.mT, gram, "ALL")
+        return self.product(self.rows, self.rows.mT, gram, "NEITHER")
 
     def forward(self, squares: Tensor, *, again: bool) -> Tensor:
         """Writes squares [P, K], which may be there `again`; returns the cosines [P, K]."""
@@ -120,7 +121,7 @@ class Strip:
         if self.contexts is None:  # 2 d(r rᵀ) r
             dgram = self.new(P, width, width, dtype=words.dtype)
             self.product(self.alpha.permute(1, 2, 0), twice.transpose(0, 1), dgram, "DEPTH")
-            self.product(dgram, self.rows, more, "ALL")
+            self.product(dgram, self.rows, more, "NEITHER")
         else:
             self.product(twice.permute(1, 2, 0), self.contexts.transpose(0, 1), more, "DEPTH")
         grad += more

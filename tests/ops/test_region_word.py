@@ -244,6 +244,8 @@ def test_wrong_types():
     ones = torch.ones(2, 2, 2)
     with pytest.raises(ValueError, match="integers"):
         region_word_scores(ones, ones, torch.ones(2))
+    with pytest.raises(ValueError, match="integers"):
+        region_word_scores(ones, ones, torch.ones(2, dtype=torch.bool))
     with pytest.raises(TypeError):
         region_word_scores(ones, ones.long(), torch.ones(2, dtype=torch.long))
 
