@@ -6,6 +6,14 @@ For text t, word j < lengths[t], picture i, region r (rows L2-normalised unless 
     alpha = softmax_r(sharp s), or softmax_r(sharp softmax_j(s)) if word_softmax
     m[j]  = cos(word[t, j], sum_r alpha[r] region[i, r])
     S[t, i] = log sum_j exp(pool m[j]) / pool
+
+Backward, for the rows r of a picture and a word w, with the context c = alpha r, beta what stands
+in the softmax over regions, h = c rᵀ = alpha (r rᵀ), and v = dS exp(pool (m - S)):
+
+    d<w, c>  = v / (|w| |c|)      d|c|^2 = -v m / (2 |c|^2)      f = d<w, c> s + 2 d|c|^2 h
+    dbeta    = sharp alpha (f - sum_r alpha f)
+    ds       = d<w, c> alpha + dbeta, or + beta (dbeta - sum_j beta dbeta) if word_softmax
+    dr = sum_tj dsᵀ w + 2 d|c|^2 alphaᵀ c        dw = sum_i ds r - v m w / |w|^2
 """
 
 import torch
