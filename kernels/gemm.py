@@ -2,6 +2,7 @@
 sum over; and what kernels that begin with a product share: tiles, and how they are chosen.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,16 +72,20 @@ CANDIDATES = [
 CONFIGS = [_config(64, 64, 64, 4, 1)] if knobs.runtime.interpret else CANDIDATES
 
 
-def _fits(config: triton.Config, itemsize: int) -> bool:
+def _fits(config: triton.Config, itemsize: int, arch: int) -> bool:
     # a tile's rows are 128 bytes long, and so are fetched whole; operands of float32 stand in
-    # registers in three parts: room for fewer sums a thread, beside what follows a product
+    # registers in three parts: room for fewer sums a thread, beside what follows a product; tiles
+    # of four warps spill on sm_100
     tile = config.kwargs
     held = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * config.num_warps)
-    return tile["BLOCK_D"] * itemsize == 128 and held <= 128 // itemsize
+    room = held <= 128 // itemsize and (arch < 100 or config.num_warps == 8)
+    return room and tile["BLOCK_D"] * itemsize == 128
 
 
 def _fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
-    return [config for config in configs if _fits(config, arguments["b"].element_size())]
+    b = arguments["b"]
+    major, minor = torch.cuda.get_device_capability(b.device)
+    return [c for c in configs if _fits(c, b.element_size(), 10 * major + minor)]
 
 
 def tuned(kernel: triton.JITFunction, *keys: str) -> triton.runtime.Autotuner:
@@ -114,8 +119,9 @@ def variants() -> list[tuple[str, str, dict, dict]]:
     built = []
     for element, itemsize, precision in (("*bf16:16", 2, "ieee"), ("*fp32:16", 4, "tf32x3")):
         for tile in CANDIDATES:
-            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-            if _fits(tile, itemsize):
+            archs = [arch for arch in (80, 90, 100) if _fits(tile, itemsize, arch)]
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "archs": archs}
+            if archs:
                 built.append((element, precision, tile.kwargs, options))
     return built
 
