@@ -17,6 +17,7 @@
 #ifdef FASTXM_CUDA
 #include "cuda/info_nce.h"
 #include "cuda/modulation.h"
+#include "cuda/region_word.h"
 #endif
 
 namespace py = pybind11;
@@ -71,5 +72,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("info_nce_bwd_cuda", &fastxm::info_nce_bwd_cuda, release());
   m.def("info_nce_small_cuda", &fastxm::info_nce_small_cuda, release());
   m.def("modulation_cuda", &fastxm::modulation_cuda, release());
+  m.def("region_word_attention_cuda", &fastxm::region_word_attention_cuda, release());
+  m.def("region_word_bwd_cuda", &fastxm::region_word_bwd_cuda, release());
+  m.def("region_word_pool_cuda", &fastxm::region_word_pool_cuda, release());
 #endif
 }

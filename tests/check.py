@@ -1,10 +1,28 @@
 """How tests compare: against float64, in units of what plain PyTorch itself gets wrong."""
 
+import ctypes
+import os
+import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+
+
+def emulated(name: str, folder: Path) -> ctypes.CDLL:
+    """The CUDA kernels of tests/native/<name>.cpp, built into a folder to run on the CPU."""
+    library, native = folder / f"{name}.so", ROOT / "tests/native"
+    # indices beyond an array and misaligned vectors end the process
+    checks = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC", *checks,
+               "-Wno-unknown-pragmas", f"-I{native}", f"-I{ROOT / 'csrc'}",
+               str(native / f"{name}.cpp"), "-o", str(library)]  # fmt: skip
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
 
 
 def flatten(value: Any) -> list[Tensor]:

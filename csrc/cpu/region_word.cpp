@@ -99,10 +99,10 @@ FASTXM_INLINE T pool_words(const T* dots, const T* word_rnorm, const T* square, 
   return words ? (best + std::log(total)) / pool : static_cast<T>(-INFINITY);
 }
 
-// g: what ds takes through the softmax over regions; s: what it takes as a factor of <w, c>
+// g: what ds takes through the softmax over regions; ds: what it takes as a factor of <w, c>
 template <class T>
-FASTXM_INLINE void gradient_row(T* s, const T* alpha, T* h, T* g, std::int64_t R, T ddot, T dsquare,
-                                T sharp) {
+FASTXM_INLINE void gradient_row(const T* s, const T* alpha, const T* h, T* g, T* ds, T* twice,
+                                std::int64_t R, T ddot, T dsquare, T sharp) {
   T inner = 0;
 #pragma omp simd reduction(+ : inner)
   for (std::int64_t r = 0; r < R; ++r) {
@@ -112,14 +112,14 @@ FASTXM_INLINE void gradient_row(T* s, const T* alpha, T* h, T* g, std::int64_t R
 #pragma omp simd
   for (std::int64_t r = 0; r < R; ++r) {
     g[r] = sharp * alpha[r] * (g[r] - inner);
-    s[r] = ddot * alpha[r];
-    h[r] = 2 * dsquare * alpha[r];
+    ds[r] = ddot * alpha[r];
+    twice[r] = 2 * dsquare * alpha[r];
   }
 }
 
-// through the softmax over words: s += beta (g - sum_j beta g); inner [R] is scratch
+// through the softmax over words: ds += beta (g - sum_j beta g); inner [R] is scratch
 template <class T>
-FASTXM_INLINE void add_through_words(T* s, const T* beta, const T* g, std::int64_t words,
+FASTXM_INLINE void add_through_words(T* ds, const T* beta, const T* g, std::int64_t words,
                                      std::int64_t R, T* inner) {
   std::fill_n(inner, R, T(0));
   for (std::int64_t k = 0; k < words; ++k) {
@@ -129,7 +129,7 @@ FASTXM_INLINE void add_through_words(T* s, const T* beta, const T* g, std::int64
   for (std::int64_t k = 0; k < words; ++k) {
 #pragma omp simd
     for (std::int64_t r = 0; r < R; ++r)
-      s[k * R + r] += beta[k * R + r] * (g[k * R + r] - inner[r]);
+      ds[k * R + r] += beta[k * R + r] * (g[k * R + r] - inner[r]);
   }
 }
 
@@ -149,9 +149,10 @@ std::int64_t gradient_scratch(std::int64_t words, std::int64_t R, bool word_soft
 }
 
 template <class T>
-FASTXM_INLINE void gradient_text(T* s, const T* alpha, T* h, const T* dots, const T* word_rnorm,
-                                 const T* square, std::int64_t words, std::int64_t R, T sharp,
-                                 T pool, bool word_softmax, T dscore, T* radial, T* scratch) {
+FASTXM_INLINE void gradient_text(const T* s, T* ds, const T* alpha, const T* h, T* twice,
+                                 const T* dots, const T* word_rnorm, const T* square,
+                                 std::int64_t words, std::int64_t R, T sharp, T pool,
+                                 bool word_softmax, T dscore, T* radial, T* scratch) {
   if (!words) return;
   T *weights = scratch, *g = weights + words;
   T* beta = word_softmax ? g + words * R : nullptr;
@@ -160,18 +161,19 @@ FASTXM_INLINE void gradient_text(T* s, const T* alpha, T* h, const T* dots, cons
   T total;
   pool_weights(dots, word_rnorm, square, words, pool, weights, &total);
   for (std::int64_t j = 0; j < words; ++j) {
-    T *row = s + j * R, *g_row = word_softmax ? g + j * R : g;
+    T *row = ds + j * R, *g_row = word_softmax ? g + j * R : g;
     T rnorm = 1 / std::sqrt(std::max(square[j], static_cast<T>(kEps)));
     T m = dots[j] * word_rnorm[j] * rnorm, dm = dscore * weights[j] / total;
     T ddot = dm * word_rnorm[j] * rnorm;
     T dsquare = square[j] > kEps ? -dm * m * rnorm * rnorm / 2 : T(0);
-    gradient_row(row, alpha + j * R, h + j * R, g_row, R, ddot, dsquare, sharp);
+    gradient_row(s + j * R, alpha + j * R, h + j * R, g_row, row, twice + j * R, R, ddot, dsquare,
+                 sharp);
     radial[j] = -dm * m * word_rnorm[j] * word_rnorm[j];
     if (word_softmax) continue;
 #pragma omp simd
     for (std::int64_t r = 0; r < R; ++r) row[r] += g_row[r];
   }
-  if (word_softmax) add_through_words(s, beta, g, words, R, columns);
+  if (word_softmax) add_through_words(ds, beta, g, words, R, columns);
 }
 
 // OpenMP outlines its regions before functions are cloned for each instruction set: so the cloned
@@ -189,12 +191,12 @@ FASTXM_INLINE void gradient_text(T* s, const T* alpha, T* h, const T* dots, cons
                             std::int64_t words, T pool, T* scratch) {                             \
     return pool_words(dots, word_rnorm, square, words, pool, scratch);                            \
   }                                                                                               \
-  FASTXM_MULTIARCH void differentiate(T* s, const T* alpha, T* h, const T* dots,                  \
-                                      const T* word_rnorm, const T* square, std::int64_t words,   \
-                                      std::int64_t R, T sharp, T pool, bool word_softmax,         \
-                                      T dscore, T* radial, T* scratch) {                          \
-    gradient_text(s, alpha, h, dots, word_rnorm, square, words, R, sharp, pool, word_softmax,     \
-                  dscore, radial, scratch);                                                       \
+  FASTXM_MULTIARCH void differentiate(const T* s, T* ds, const T* alpha, const T* h, T* twice,    \
+                                      const T* dots, const T* word_rnorm, const T* square,        \
+                                      std::int64_t words, std::int64_t R, T sharp, T pool,        \
+                                      bool word_softmax, T dscore, T* radial, T* scratch) {       \
+    gradient_text(s, ds, alpha, h, twice, dots, word_rnorm, square, words, R, sharp, pool,        \
+                  word_softmax, dscore, radial, scratch);                                         \
   }
 FASTXM_INSTANCES(float)
 FASTXM_INSTANCES(double)
@@ -227,20 +229,15 @@ void for_each_text(const Extent& e, std::int64_t row, std::int64_t scratch, int 
   }
 }
 
-Extent extent(std::uintptr_t starts, std::int64_t texts, std::int64_t pictures) {
-  const auto* at = pointer<const std::int64_t>(starts);
-  return {at, texts, pictures, at[texts]};
-}
-
 }  // namespace
 
 void region_word_attention_cpu(bool float64, std::uintptr_t s, std::uintptr_t alpha,
                                std::uintptr_t dots, std::uintptr_t starts, std::int64_t texts,
-                               std::int64_t pictures, std::int64_t regions, double sharp,
-                               bool word_softmax, int threads) {
+                               std::int64_t pictures, std::int64_t words, std::int64_t regions,
+                               double sharp, bool word_softmax, int threads) {
   auto run = [&](auto type) {
     using T = decltype(type);
-    Extent e = extent(starts, texts, pictures);
+    Extent e = {pointer<const std::int64_t>(starts), texts, pictures, words};
     auto text = [&](std::int64_t, std::int64_t, std::int64_t k, std::int64_t n, T* scratch) {
       attend(pointer<const T>(s) + k * regions, pointer<T>(alpha) + k * regions,
              pointer<T>(dots) + k, n, regions, static_cast<T>(sharp), word_softmax, scratch);
@@ -253,10 +250,11 @@ void region_word_attention_cpu(bool float64, std::uintptr_t s, std::uintptr_t al
 void region_word_pool_cpu(bool float64, std::uintptr_t a, std::uintptr_t b, std::int64_t n,
                           std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
                           std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,
-                          double pool, std::uintptr_t scores, std::int64_t stride, int threads) {
+                          std::int64_t words, double pool, std::uintptr_t scores,
+                          std::int64_t stride, int threads) {
   auto run = [&](auto type) {
     using T = decltype(type);
-    Extent e = extent(starts, texts, pictures);
+    Extent e = {pointer<const std::int64_t>(starts), texts, pictures, words};
     auto text = [&](std::int64_t t, std::int64_t p, std::int64_t k, std::int64_t m, T* scratch) {
       T* squares = pointer<T>(square) + k;
       square_rows(pointer<const T>(a) + k * n, pointer<const T>(b) + k * n, n, squares, m);
@@ -270,22 +268,23 @@ void region_word_pool_cpu(bool float64, std::uintptr_t a, std::uintptr_t b, std:
   float64 ? run(double()) : run(float());
 }
 
-void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t alpha, std::uintptr_t h,
-                         std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
-                         std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,
+void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t ds, std::uintptr_t alpha,
+                         std::uintptr_t h, std::uintptr_t twice, std::uintptr_t dots,
+                         std::uintptr_t word_rnorm, std::uintptr_t square, std::uintptr_t starts,
+                         std::int64_t texts, std::int64_t pictures, std::int64_t words,
                          std::int64_t regions, double sharp, double pool, bool word_softmax,
                          std::uintptr_t dscores, std::int64_t stride, std::uintptr_t radial,
                          int threads) {
   auto run = [&](auto type) {
     using T = decltype(type);
-    Extent e = extent(starts, texts, pictures);
+    Extent e = {pointer<const std::int64_t>(starts), texts, pictures, words};
     auto text = [&](std::int64_t t, std::int64_t p, std::int64_t k, std::int64_t n, T* scratch) {
       std::int64_t at = k * regions;
-      differentiate(pointer<T>(s) + at, pointer<const T>(alpha) + at, pointer<T>(h) + at,
-                    pointer<const T>(dots) + k, pointer<const T>(word_rnorm) + e.starts[t],
-                    pointer<const T>(square) + k, n, regions, static_cast<T>(sharp),
-                    static_cast<T>(pool), word_softmax, pointer<const T>(dscores)[t * stride + p],
-                    pointer<T>(radial) + k, scratch);
+      differentiate(pointer<const T>(s) + at, pointer<T>(ds) + at, pointer<const T>(alpha) + at,
+                    pointer<const T>(h) + at, pointer<T>(twice) + at, pointer<const T>(dots) + k,
+                    pointer<const T>(word_rnorm) + e.starts[t], pointer<const T>(square) + k, n,
+                    regions, static_cast<T>(sharp), static_cast<T>(pool), word_softmax,
+                    pointer<const T>(dscores)[t * stride + p], pointer<T>(radial) + k, scratch);
     };
     std::int64_t scratch = gradient_scratch(longest(e), regions, word_softmax);
     for_each_text<T>(e, regions, scratch, threads, text);

@@ -32,6 +32,16 @@ void launch(const char* name, void (*kernel)(Params...), std::int64_t blocks, in
   check_launch(name);
 }
 
+// an address that arrived from Python as an integer
+template <class T>
+T* pointer(std::uintptr_t at) {
+  return reinterpret_cast<T*>(at);
+}
+
+// __expf errs by |x| ulp: the larger that is, the less exp x counts in a sum
+__device__ __forceinline__ float exp_fast(float x) { return __expf(x); }
+__device__ __forceinline__ double exp_fast(double x) { return exp(x); }
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ double to_float(double x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -47,6 +57,17 @@ template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// the largest number of a warp, or -inf; every lane receives it
+template <class T>
+__device__ __forceinline__ T warp_max(T x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) {
+    const T other = __shfl_xor_sync(0xffffffffu, x, offset);
+    x = other > x ? other : x;
+  }
   return x;
 }
 

@@ -14,15 +14,6 @@ constexpr double kNothing = -1e30;  // reference of no entries
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class T>
-T* pointer(std::uintptr_t at) {
-  return reinterpret_cast<T*>(at);
-}
-
-// __expf errs by |x| ulp: the larger that is, the less exp x counts in a sum
-__device__ __forceinline__ float exp_fast(float x) { return __expf(x); }
-__device__ __forceinline__ double exp_fast(double x) { return exp(x); }
-
 // a reference, and over entries s: sums of e = exp(s - reference), of e s and of s, and the maximum
 template <class T>
 struct Sums {

@@ -18,6 +18,11 @@ PACKED = {"bfloat16": (torch.bfloat16, torch.float32), "float32": (torch.float32
 HALVES = (torch.bfloat16, torch.float16)
 
 
+def stream(x: Tensor) -> int | None:
+    """The stream that CUDA kernels over x go to, None where x is on no GPU."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+
+
 def operands(*rows: Tensor) -> tuple[Tensor, ...]:
     """The rows [.., D] as products take them: of one dtype, contiguous, 4 or 16 bytes long.
 
@@ -33,11 +38,15 @@ def operands(*rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """out [N, M] = x [N, D] y [D, M], in the dtype of out: x's, or float32 of halves on a GPU."""
+    """out [.., N, M] = x [.., N, D] y [.., D, M], all matrices or all batches of them.
+
+    In the dtype of out: x's, or float32 of halves on a GPU.
+    """
+    product = torch.mm if x.ndim == 2 else torch.bmm
     if x.dtype == out.dtype:
-        torch.mm(x, y, out=out)
+        product(x, y, out=out)
     else:
-        torch.mm(x, y, out_dtype=out.dtype, out=out)
+        product(x, y, out_dtype=out.dtype, out=out)
 
 
 def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
@@ -48,6 +57,11 @@ def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
         out += torch.mm(x, y, out_dtype=out.dtype)
     else:
         out += torch.mm(x, y)
+
+
+def triton_precision() -> str:
+    """Of float32 products by Triton: tf32 where the user allows it, else sums of three of them."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def times(a: Tensor, y: Tensor, out: Tensor) -> None:

@@ -14,16 +14,12 @@ from torch import Tensor
 
 from fastxm import _C
 from fastxm.ops import dispatch, gemm
+from fastxm.ops.gemm import stream
 from fastxm.ops.info_nce_sums import backward, forward, new_sums
 
 BLOCK = 16 << 20  # bytes of a block
 LAUNCH = 8  # on a GPU as many of them, so that its work outlasts a launch
 TINY = 1e-18  # stands for a factor of 0: gradients are divided by it, and stay exact
-
-
-def stream(x: Tensor) -> int | None:
-    """The stream that CUDA kernels over x go to, None where x is on no GPU."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
 
 
 class _Logits:

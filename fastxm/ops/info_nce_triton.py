@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastxm.ops import gemm
 from fastxm.ops.dispatch import interpreting
 from fastxm.ops.info_nce_blocks import TINY, inner
 from fastxm.ops.info_nce_sums import Forward, backward, forward, join, new_sums
@@ -30,11 +31,6 @@ def _inputs(x, y, a, b, row_labels, labels) -> tuple[Tensor | None, ...]:
     labels = torch.cat([row_labels, labels]).long()
     numbers = torch.searchsorted(labels.sort().values, labels).int()
     return (*rows, *factors, *numbers.split([len(x), len(y)]))
-
-
-def _precision() -> str:
-    """Of float32 products: tf32 where the user allows it, else sums of three of them."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _programs(x: Tensor) -> int:
@@ -69,7 +65,7 @@ def sums(
             own = None if row_labels is None else row_labels[here]
             rows, strips, row[5, here] = kernels.stats(
                 *(x[here], y, a[here], b, own, labels, offset + start),
-                *(_programs(x), columns, totals, _precision()),
+                *(_programs(x), columns, totals, gemm.triton_precision()),
             )
             row[:5, here] = merge(rows)
             column = join(column, merge(strips)) if columns else column
@@ -94,7 +90,7 @@ def gradients(
             own, g = None if row_labels is None else row_labels[here], room[: here.stop - start]
             kernels.gradient(
                 *(x[here], y, a[here], b, own, labels, row[:, here], column, g),
-                *(offset + start, smoothing, _precision()),
+                *(offset + start, smoothing, gemm.triton_precision()),
             )
             dx[here] = _product(g, of_y)
             dy += _product(g.T, of_x[here])

@@ -6,17 +6,23 @@ For text t, word j < lengths[t], picture i, region r (rows L2-normalised unless 
     alpha = softmax_r(sharp s), or softmax_r(sharp softmax_j(s)) if word_softmax
     m[j]  = cos(word[t, j], sum_r alpha[r] region[i, r])
     S[t, i] = log sum_j exp(pool m[j]) / pool
-"""
 
-from typing import Any
+Backward, for the rows r of a picture and a word w, with the context c = alpha r, beta what stands
+in the softmax over regions, h = c rᵀ = alpha (r rᵀ), and v = dS exp(pool (m - S)):
+
+    d<w, c>  = v / (|w| |c|)      d|c|^2 = -v m / (2 |c|^2)      f = d<w, c> s + 2 d|c|^2 h
+    dbeta    = sharp alpha (f - sum_r alpha f)
+    ds       = d<w, c> alpha + dbeta, or + beta (dbeta - sum_j beta dbeta) if word_softmax
+    dr = sum_tj dsᵀ w + 2 d|c|^2 alphaᵀ c        dw = sum_i ds r - v m w / |w|^2
+"""
 
 import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops import region_word_blocks as blocks
 from fastxm.ops import region_word_products as products
-from fastxm.ops import region_word_reference as reference
+from fastxm.ops.region_word_op import scores_of
+from fastxm.ops.region_word_reference import valid_words
 
 
 def region_word_scores(
@@ -57,89 +63,16 @@ def region_word_scores(
         )
     if not regions.is_floating_point() or not words.is_floating_point():
         raise TypeError(f"regions and words are floating, not {regions.dtype} and {words.dtype}")
-    if lengths.shape != words.shape[:1] or lengths.is_floating_point():
+    counts = not (lengths.is_floating_point() or lengths.dtype == torch.bool)
+    if lengths.shape != words.shape[:1] or not counts:
         raise ValueError(
             f"lengths are integers [{len(words)}], not {lengths.dtype} {lengths.shape}"
         )
     if regions.shape[1] == 0 or words.shape[1] == 0:
         raise ValueError("region_word_scores needs at least one region and one word")
-    words = words.masked_fill(~reference.valid_words(words, lengths)[..., None], 0)
+    words = words.masked_fill(~valid_words(words, lengths)[..., None], 0)
     if not word_softmax:
         words = dispatch.unit_rows(words).to(products.of(regions, words).dtype)
     options = (float(attention_sharpness), float(pooling_sharpness), word_softmax)
     keep = torch.is_grad_enabled() and (regions.requires_grad or words.requires_grad)
-    return _fwd(regions, words, lengths, *options, keep)[0]
-
-
-def _backend(words: Tensor) -> Any:
-    auto = "cpu" if words.device.type == "cpu" else "reference"
-    name = dispatch.choose("region_word", words.device, auto, ("reference", "cpu"))
-    return blocks if name == "cpu" else reference
-
-
-@torch.library.custom_op("fastxm::region_word_fwd", mutates_args=())
-def _fwd(
-    regions: Tensor,
-    words: Tensor,
-    lengths: Tensor,
-    sharp: float,
-    pool: float,
-    word_softmax: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = dispatch.wide_dtype(regions, words)
-    kept = words.new_empty(products.kept_shape(regions, words, keep), dtype=dtype)
-    with torch.autocast(words.device.type, enabled=False):  # regions may stay in half precision
-        args = (regions, words, lengths, kept, sharp, pool, word_softmax)
-        return _backend(words).fwd(*args), kept
-
-
-@torch.library.custom_op("fastxm::region_word_bwd", mutates_args=())
-def _bwd(
-    dscores: Tensor,
-    regions: Tensor,
-    words: Tensor,
-    lengths: Tensor,
-    kept: Tensor,
-    sharp: float,
-    pool: float,
-    word_softmax: bool,
-    of_words: bool,
-) -> tuple[Tensor, Tensor]:
-    options = (sharp, pool, word_softmax)
-    with torch.autocast(words.device.type, enabled=False):
-        backend = _backend(words)
-        return backend.bwd(dscores, regions, words, lengths, kept, *options, of_words=of_words)
-
-
-@_fwd.register_fake
-def _(regions, words, lengths, sharp, pool, word_softmax, keep):
-    dtype = dispatch.wide_dtype(regions, words)
-    shapes = ((len(words), len(regions)), products.kept_shape(regions, words, keep))
-    return tuple(words.new_empty(shape, dtype=dtype) for shape in shapes)
-
-
-@_bwd.register_fake
-def _(dscores, regions, words, lengths, kept, sharp, pool, word_softmax, of_words):
-    dwords = torch.empty_like(words) if of_words else words.new_empty(0)
-    return torch.empty_like(regions), dwords
-
-
-def _save(ctx, inputs, output):
-    regions, words, lengths, *ctx.options, _ = inputs
-    ctx.save_for_backward(regions, words, lengths, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, dscores, _):
-    saved = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        dregions, dwords = reference.differentiable_bwd(dscores, *saved[:3], *ctx.options)
-    else:
-        of_words = ctx.needs_input_grad[1]
-        dregions, dwords = _bwd(dscores, *saved, *ctx.options, of_words)
-        dwords = dwords if of_words else None
-    return dregions, dwords, None, None, None, None, None
-
-
-_fwd.register_autograd(_backward, setup_context=_save)
+    return scores_of(regions, words, lengths, *options, keep)[0]

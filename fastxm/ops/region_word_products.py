@@ -34,9 +34,28 @@ class Vendor:
 
 
 class Half:
-    """In bfloat16, with float32 accumulators where a softmax follows."""
+    """In halves, with float32 accumulators and results; gradients of float16 in float32."""
 
-    dtype = torch.bfloat16
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.back = torch.float32 if dtype == torch.float16 else dtype
+
+    def with_regions(self, rows: Tensor, regions: Tensor, out: Tensor) -> None:
+        gemm.multiply(rows.to(self.dtype), regions.mT, out)
+
+    def contexts(self, alpha: Tensor, regions: Tensor, out: Tensor) -> None:
+        gemm.multiply(alpha.to(self.dtype), regions, out)
+
+    def to_regions(self, ds: Tensor, words: Tensor, h: Tensor, contexts: Tensor, out: Tensor):
+        left, right = torch.cat([ds, h], 1), torch.cat([words, contexts.to(words.dtype)], 1)
+        gemm.multiply(left.mT.to(self.back), right.to(self.back), out)
+
+    def to_words(self, ds: Tensor, regions: Tensor, out: Tensor) -> None:
+        gemm.accumulate(out, ds.to(self.back), regions.to(self.back))
+
+
+class PackedHalf(Half):
+    """In bfloat16 on a CPU, with float32 accumulators where a softmax follows."""
 
     def with_regions(self, rows: Tensor, regions: Tensor, out: Tensor) -> None:
         for a, y, s in zip(rows, regions, out):
@@ -57,10 +76,14 @@ class Half:
 
 
 def of(regions: Tensor, words: Tensor) -> Vendor | Half:
-    """bfloat16 where regions and words have it, the machine a tile kernel, and D makes it pay."""
-    half = regions.dtype == words.dtype == torch.bfloat16 and regions.device.type == "cpu"
+    """Halves where regions and words are of one kind: on a GPU; or, if bfloat16, where a CPU has a
+    tile kernel, and D makes it pay."""
+    dtype, device = regions.dtype, regions.device.type
+    if device == "cuda" and dtype == words.dtype and dtype in gemm.HALVES:
+        return Half(dtype)
+    half = dtype == words.dtype == torch.bfloat16 and device == "cpu"
     if half and torch.bfloat16 in gemm.PACKED and regions.shape[-1] in range(64, 1 << 20, 2):
-        return Half()
+        return PackedHalf(dtype)
     return Vendor(wide_dtype(regions, words))
 
 
@@ -68,13 +91,26 @@ def gram(regions: Tensor, words: Tensor) -> bool:
     """Whether |c|^2 comes from r rᵀ: cheaper with many words; but of few regions c may be
     much shorter than they are, and alpha (r rᵀ) would lose its digits."""
     (R, D), K = regions.shape[1:], words.shape[0] * words.shape[1]
-    wide = of(regions, words).dtype != torch.bfloat16
+    wide = not isinstance(of(regions, words), Half)
     return wide and R > 32 and R * (D + K) < K * D
 
 
+def kept_places(kept: Tensor, regions: Tensor, K: int) -> tuple[Tensor, Tensor] | None:
+    """Where s [P, K, R] and the contexts (or h) [P, K, ..] of all pictures are, if kept."""
+    (P, R, _), width = regions.shape, kept.shape[2]
+    if width <= 1:
+        return None
+    sizes = [P * K * R, P * K * (width - R)]
+    s, product = kept.view(-1)[: sum(sizes)].split(sizes)
+    return s.view(P, K, R), product.view(P, K, width - R)
+
+
 def kept_shape(regions: Tensor, words: Tensor, keep: bool) -> tuple[int, ...]:
-    """The shape of what every forward keeps: all of s and the contexts (or h), or nothing."""
+    """The shape of what every forward keeps: on a CPU all of s and the contexts (or h), or nothing;
+    on a GPU |c|^2."""
     (P, R, D), K = regions.shape, words.shape[0] * words.shape[1]
+    if keep and regions.is_cuda:
+        return (P, K, 1)
     width = R + (R if gram(regions, words) else D)
     few = P * K * width * wide_dtype(regions, words).itemsize <= KEPT
     return (P, K, width) if keep and few and regions.device.type == "cpu" else (0, 0, 0)

@@ -1,7 +1,8 @@
 // CUDA on the CPU, as far as fastxm's kernels go: so that their own source runs without a GPU.
 //
 // A block's threads are fibers. They run one after the other from barrier to barrier, in another
-// order at every barrier if there is a seed: where a barrier is missing, results change with it.
+// order at every barrier if there is a seed: where a barrier is missing, results change with it. A
+// shuffle is a barrier of its warp.
 #pragma once
 
 #include <math.h>
@@ -71,20 +72,41 @@ namespace emulator {
 
 inline std::uint64_t seed = 0;  // of the orders in which threads run
 
+enum class State { ready, at_warp, at_block, done };
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[1 << 16]};
-  bool waits, done;
+  State state;
+  double given[2];  // to this shuffle, and to the last, which others may still read
+  bool turn;
 };
 
 inline ucontext_t scheduler;
 inline Fiber* running;
+inline std::vector<Fiber>* block;
 inline std::function<void()> kernel;
+
+inline void leave(State state) {
+  running->state = state;
+  swapcontext(&running->context, &scheduler);
+}
 
 inline void enter() {
   kernel();
-  running->done = true;
-  swapcontext(&running->context, &scheduler);
+  leave(State::done);
+}
+
+// lets the fibers from begin to end go on, if all have come to a barrier
+inline void pass(std::vector<Fiber>& fibers, State barrier, std::size_t begin, std::size_t end) {
+  for (std::size_t i = begin; i < end; ++i)
+    if (fibers[i].state != barrier) return;
+  for (std::size_t i = begin; i < end; ++i) fibers[i].state = State::ready;
+}
+
+inline std::size_t count(const std::vector<Fiber>& fibers, State state) {
+  return std::count_if(fibers.begin(), fibers.end(),
+                       [&](const Fiber& f) { return f.state == state; });
 }
 
 inline void run_block(std::vector<Fiber>& fibers, std::mt19937_64& random) {
@@ -94,24 +116,25 @@ inline void run_block(std::vector<Fiber>& fibers, std::mt19937_64& random) {
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = 1 << 16;
-    f.done = false;
+    f.state = State::ready;
+    f.turn = false;
     makecontext(&f.context, enter, 0);
   }
-  for (bool all_done = false; !all_done;) {
+  block = &fibers;
+  while (count(fibers, State::done) < fibers.size()) {
     if (seed) std::shuffle(order.begin(), order.end(), random);
-    std::size_t waiting = 0;
-    all_done = true;
     for (unsigned i : order) {
-      if (fibers[i].done) continue;
+      if (fibers[i].state != State::ready) continue;
       threadIdx.x = i;
       running = &fibers[i];
-      running->waits = false;
       swapcontext(&scheduler, &running->context);
-      waiting += running->waits;
-      all_done = all_done && running->done;
     }
-    if (waiting && waiting != fibers.size()) {
-      std::fprintf(stderr, "only %zu of %zu threads reach a barrier\n", waiting, fibers.size());
+    for (std::size_t i = 0; i < fibers.size(); i += 32)
+      pass(fibers, State::at_warp, i, std::min(i + 32, fibers.size()));
+    pass(fibers, State::at_block, 0, fibers.size());
+    if (!count(fibers, State::ready) && count(fibers, State::done) < fibers.size()) {
+      std::fprintf(stderr, "only %zu of %zu threads reach a barrier, %zu a shuffle\n",
+                   count(fibers, State::at_block), fibers.size(), count(fibers, State::at_warp));
       std::abort();
     }
   }
@@ -119,9 +142,18 @@ inline void run_block(std::vector<Fiber>& fibers, std::mt19937_64& random) {
 
 }  // namespace emulator
 
-inline void __syncthreads() {
-  emulator::running->waits = true;
-  swapcontext(&emulator::running->context, &emulator::scheduler);
+inline void __syncthreads() { emulator::leave(emulator::State::at_block); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int offset) {
+  static_assert(sizeof(T) <= sizeof(double));
+  const bool turn = emulator::running->turn;
+  const unsigned other = threadIdx.x ^ offset;
+  std::memcpy(&emulator::running->given[turn], &x, sizeof x);
+  emulator::running->turn = !turn;
+  emulator::leave(emulator::State::at_warp);
+  std::memcpy(&x, &(*emulator::block)[other].given[turn], sizeof x);
+  return x;
 }
 
 template <class... Params, class... Given>

@@ -1,13 +1,10 @@
 """The CUDA kernels of info_nce: from their own source on the CPU (tests/native), and on a GPU."""
 
 import ctypes
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from check import gradient, no_worse
+from check import emulated, gradient, no_worse
 from test_info_nce import OPTIONS, RECTANGLES, SHAPES, bind, formula, inputs
 
 from fastxm.ops import backend, gemm, info_nce, info_nce_op
@@ -15,7 +12,6 @@ from fastxm.ops import info_nce_blocks as blocks
 from fastxm.ops import info_nce_cuda as cuda
 from fastxm.ops.info_nce_sums import join
 
-ROOT = Path(__file__).parents[2]
 WHERE = ["emulated", *(["gpu"] if torch.cuda.is_available() else [])]
 HOW = ["small", "blocks", "kept"]
 
@@ -23,8 +19,8 @@ HOW = ["small", "blocks", "kept"]
 class Emulated:
     """The functions of fastxm._C for a GPU, over the CPU's memory."""
 
-    def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         array, size, address = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
         ends = [address, size, address]
         types = {
@@ -57,15 +53,7 @@ class Emulated:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
-    library = tmp_path_factory.mktemp("native") / "info_nce.so"
-    folder = ROOT / "tests/native"
-    # indices beyond an array and misaligned vectors end the process
-    checks = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC", *checks,
-               "-Wno-unknown-pragmas", f"-I{folder}", f"-I{ROOT / 'csrc'}",
-               str(folder / "info_nce.cpp"), "-o", str(library)]  # fmt: skip
-    subprocess.run(command, check=True)
-    return Emulated(library)
+    return Emulated(emulated("info_nce", tmp_path_factory.mktemp("native")))
 
 
 def emulate(monkeypatch, native):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from check import gradient, no_worse
 
 from fastxm.ops import backend, region_word_blocks, region_word_products, region_word_scores
-from fastxm.ops.region_word import _bwd, _fwd
+from fastxm.ops.region_word_op import gradients_of, scores_of
 
 SHAPES = [  # B_image, R, D, B_text, T
     (1, 1, 1, 1, 1),
@@ -244,6 +244,8 @@ def test_wrong_types():
     ones = torch.ones(2, 2, 2)
     with pytest.raises(ValueError, match="integers"):
         region_word_scores(ones, ones, torch.ones(2))
+    with pytest.raises(ValueError, match="integers"):
+        region_word_scores(ones, ones, torch.ones(2, dtype=torch.bool))
     with pytest.raises(TypeError):
         region_word_scores(ones, ones.long(), torch.ones(2, dtype=torch.long))
 
@@ -255,13 +257,15 @@ def test_dispatch(device):
     for word_softmax, name in itertools.product((False, True), ("cpu", "reference")):
         options = (5.0, 4.0, word_softmax)
         with backend(name):
-            torch.library.opcheck(_fwd, (*leaves[:2], whole, *options, False))
+            torch.library.opcheck(scores_of, (*leaves[:2], whole, *options, False))
             plain = [t.detach() for t in leaves[:2]]
-            scores, kept = _fwd(*plain, whole, *options, True)
+            scores, kept = scores_of(*plain, whole, *options, True)
             for of_words in (False, True):
-                torch.library.opcheck(_bwd, (scores, *plain, whole, kept, *options, of_words))
+                torch.library.opcheck(
+                    gradients_of, (scores, *plain, whole, kept, *options, of_words)
+                )
         if name == "cpu":  # the reference keeps NaN, which opcheck holds for a difference
-            torch.library.opcheck(_fwd, (*leaves[:2], whole, *options, True))
+            torch.library.opcheck(scores_of, (*leaves[:2], whole, *options, True))
     compiled = torch.compile(region_word_scores, fullgraph=True)
     torch.testing.assert_close(compiled(*leaves), region_word_scores(*leaves))
     with torch.autocast(device, torch.bfloat16):
@@ -270,7 +274,7 @@ def test_dispatch(device):
     half = (regions.bfloat16().float(), words.bfloat16().float(), lengths)
     torch.testing.assert_close(scores, region_word_scores(*half))
     with backend("triton"), pytest.raises(RuntimeError, match="no triton backend"):
-        region_word_scores(*leaves)
+        region_word_scores(regions.double(), words.double(), lengths)
 
 
 def sines(shape, a, c):

@@ -1,0 +1,94 @@
+"""Region-word scores as one op of PyTorch: which backend runs, and autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxm.ops import dispatch
+from fastxm.ops import region_word_blocks as blocks
+from fastxm.ops import region_word_products as products
+from fastxm.ops import region_word_reference as reference
+from fastxm.ops import region_word_triton as triton
+
+BACKENDS = {"reference": reference, "cpu": blocks, "cuda": blocks, "triton": triton}
+
+
+def backend(regions: Tensor, words: Tensor) -> Any:
+    """The C++ blocks on a CPU. On a GPU Triton, which skips padding and makes its own products; of
+    float64, which it does not take, or without it the CUDA blocks; else the formula."""
+    device, float64 = words.device, dispatch.wide_dtype(regions, words) == torch.float64
+    offered = [name for name in BACKENDS if not (name == "triton" and float64)]
+    auto = "cpu" if device.type == "cpu" else "reference"
+    if device.type == "cuda":
+        first = [name for name in ("triton", "cuda") if name in offered]
+        auto = next((name for name in first if not dispatch.missing(name)), "reference")
+    return BACKENDS[dispatch.choose("region_word", device, auto, offered)]
+
+
+@torch.library.custom_op("fastxm::region_word_fwd", mutates_args=())
+def scores_of(
+    regions: Tensor,
+    words: Tensor,
+    lengths: Tensor,
+    sharp: float,
+    pool: float,
+    word_softmax: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = dispatch.wide_dtype(regions, words)
+    kept = words.new_empty(products.kept_shape(regions, words, keep), dtype=dtype)
+    with torch.autocast(words.device.type, enabled=False):  # regions may stay in half precision
+        args = (regions, words, lengths, kept, sharp, pool, word_softmax)
+        return backend(regions, words).fwd(*args), kept
+
+
+@torch.library.custom_op("fastxm::region_word_bwd", mutates_args=())
+def gradients_of(
+    dscores: Tensor,
+    regions: Tensor,
+    words: Tensor,
+    lengths: Tensor,
+    kept: Tensor,
+    sharp: float,
+    pool: float,
+    word_softmax: bool,
+    of_words: bool,
+) -> tuple[Tensor, Tensor]:
+    options = (sharp, pool, word_softmax)
+    with torch.autocast(words.device.type, enabled=False):
+        given = (dscores, regions, words, lengths, kept, *options)
+        return backend(regions, words).bwd(*given, of_words=of_words)
+
+
+@scores_of.register_fake
+def _(regions, words, lengths, sharp, pool, word_softmax, keep):
+    dtype = dispatch.wide_dtype(regions, words)
+    shapes = ((len(words), len(regions)), products.kept_shape(regions, words, keep))
+    return tuple(words.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@gradients_of.register_fake
+def _(dscores, regions, words, lengths, kept, sharp, pool, word_softmax, of_words):
+    dwords = torch.empty_like(words) if of_words else words.new_empty(0)
+    return torch.empty_like(regions), dwords
+
+
+def _save(ctx, inputs, output):
+    regions, words, lengths, *ctx.options, _ = inputs
+    ctx.save_for_backward(regions, words, lengths, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dscores, _):
+    saved = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        dregions, dwords = reference.differentiable_bwd(dscores, *saved[:3], *ctx.options)
+    else:
+        of_words = ctx.needs_input_grad[1]
+        dregions, dwords = gradients_of(dscores, *saved, *ctx.options, of_words)
+        dwords = dwords if of_words else None
+    return dregions, dwords, None, None, None, None, None
+
+
+scores_of.register_autograd(_backward, setup_context=_save)
