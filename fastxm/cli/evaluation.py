@@ -76,7 +76,7 @@ def evaluate(arguments: list[str]) -> None:
         judge = judge.to(generator.device)
         found = evaluation.evaluate(generator, judge, data, num_images=num_images, seed=seed)
         show(found)
-        if generator.model_type == "mirrorgan":
+        if isinstance(generator, fastxm.MirrorGAN):
             told = evaluation.evaluate_redescription(
                 generator, data, num_images=num_images, seed=seed
             )

@@ -120,9 +120,9 @@ class EfficientNetLite0(FrozenImages):
         """[B, 1280], from what `features` returned."""
         return F.relu6(self.head(features[-1])).mean((2, 3))
 
-    def logits(self, images: Tensor) -> Tensor:
-        """ImageNet logits [B, 1000] of images [B, 3, H, W] in [0, 1]."""
-        return self.classifier(self(images))
+    def classes(self, pooled: Tensor) -> Tensor:
+        """ImageNet logits [B, 1000] of pooled features [B, 1280]."""
+        return self.classifier(pooled)
 
 
 def blocks() -> Iterator[Block]:
