@@ -116,7 +116,8 @@ class CaptionRecipe(Recipe):
             device=self.device,
         )
         self.epoch = len(train) / config.batch_size
-        self.table = image_features(train, self.eye()) if config.cache else None
+        self.sight = self.eye()
+        self.table = image_features(train, self.sight) if config.cache else None
         optimizer = torch.optim.AdamW(
             self.model.parameters(),
             config.lr,
@@ -155,7 +156,7 @@ class CaptionRecipe(Recipe):
     def features(self, batch: Batch) -> Tensor:
         if self.table is None:
             with torch.no_grad():
-                return self.eye().embed(batch["image"])
+                return self.sight.embed(batch["image"])
         return self.table[batch["index"].cpu()].to(self.device)
 
     def export(self, directory: Path) -> None:

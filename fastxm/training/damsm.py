@@ -45,16 +45,30 @@ class RegionEye:
 
     Args:
         model: looks at pictures.
+
+    Raises:
+        ValueError: its image encoder has other widths than its configuration.
     """
 
     def __init__(self, model: DAMSM):
         self.model = model
         self.name = f"{model.image_encoder.name}-regions"
-        self.width = self.embed(torch.zeros(1, 3, 8, 8)).shape[1]
+        with torch.no_grad():
+            regions, whole = model.look(torch.zeros(1, 3, 8, 8, device=model.device))
+        found = (regions.shape[2], whole.shape[1])
+        if found != (model.config.region_width, model.config.image_width):
+            raise ValueError(
+                f"{model.config.image_encoder} has region_width {found[0]} and image_width "
+                f"{found[1]}, the configuration {model.config.region_width} and "
+                f"{model.config.image_width}"
+            )
+        self.width = regions[0].numel() + whole.shape[1]
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        looks = [self.model.look(part) for part in images.to(self.model.device).split(16)]
+        device = self.model.device
+        chunks = images.split(16 if device.type == "cpu" else 256)  # as EfficientNetLite0.embed
+        looks = [self.model.look(chunk.to(device)) for chunk in chunks]
         return torch.cat([torch.cat([r.flatten(1), w], 1) for r, w in looks])
 
 
@@ -101,7 +115,7 @@ class DAMSMRecipe(CaptionRecipe):
         first = {label: held.captions[i][0] for i, label in reversed([*enumerate(labels.tolist())])}
         names = sorted(first)
         self.model.eval()
-        whole = self.parts(image_features(held, self.eye()))[1].to(self.device)
+        whole = self.parts(image_features(held, self.sight))[1].to(self.device)
         query = self.model.image(whole)
         keys = self.model.embed_text([first[label] for label in names])
         self.model.train()

@@ -36,6 +36,10 @@ class STREAMRecipe(CaptionRecipe):
         return STREAM(with_words(self.config.model, vocabulary))
 
     def eye(self) -> Any:
+        name, width = self.config.model.image_encoder, self.config.model.image_width
+        if self.model.image_encoder.width != width:
+            found = self.model.image_encoder.width
+            raise ValueError(f"{name} has image_width {found}, the configuration {width}")
         return self.model.image_encoder
 
     def losses(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -49,7 +53,7 @@ class STREAMRecipe(CaptionRecipe):
         if len(self.held) == 0:
             return {}
         held = chosen(self.held)
-        whole = image_features(held, self.eye()).to(self.device)
+        whole = image_features(held, self.sight).to(self.device)
         tokens, lengths = self.vocabulary.encode(
             [c[0] for c in held.captions], self.config.model.words
         )

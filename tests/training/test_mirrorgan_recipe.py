@@ -98,6 +98,14 @@ def test_a_resumed_stage_is_the_unbroken_one(folder, tmp_path, make):
     assert (again.out / "held_out.jsonl").read_bytes() == ended
 
 
+@pytest.mark.parametrize("make", [damsm, stream])
+def test_an_image_encoder_of_another_width_is_refused(folder, make):
+    made = make(folder)
+    made.config = replace(made.config, model=replace(made.config.model, image_width=13))
+    with pytest.raises(ValueError, match=r"image_width 12, the configuration.* 13"):
+        made.build()
+
+
 def test_hidden_words_are_unknown_and_padding_is_not():
     tokens, lengths = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0]]), torch.tensor([3, 1])
     assert hide(tokens, lengths, 1.0).tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
