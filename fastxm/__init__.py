@@ -11,6 +11,10 @@ __version__ = metadata.version("fastxm")
 HOMES = {
     "XMCGAN": "fastxm.models.xmcgan",
     "XMCGANConfig": "fastxm.models.xmcgan",
+    "MirrorGAN": "fastxm.models.mirrorgan",
+    "MirrorGANConfig": "fastxm.models.mirrorgan",
+    "DAMSM": "fastxm.encoders.damsm",
+    "STREAM": "fastxm.models.stream",
     "DualEncoder": "fastxm.encoders.dual",
 }
 MODULES = ("data", "encoders", "evaluation", "losses", "models", "nn", "ops", "training")

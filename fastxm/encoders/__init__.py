@@ -1,12 +1,14 @@
 """Text and image encoders, by name or from a local path."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from fastxm.encoders.bert import BERT, TextBatch, minilm_directory
-from fastxm.encoders.efficientnet import EfficientNetLite0
+from fastxm.encoders.efficientnet import EfficientNetLite0, read
+from fastxm.encoders.inception import InceptionV3
 
-__all__ = ["BERT", "EfficientNetLite0", "TextBatch", "image_encoder", "text_encoder"]
+__all__ = ["BERT", "EfficientNetLite0", "InceptionV3", "TextBatch", "image_encoder", "text_encoder"]
 
 
 def text_encoder(source: str | os.PathLike[str] = "minilm", **options: Any) -> BERT:
@@ -23,12 +25,22 @@ def text_encoder(source: str | os.PathLike[str] = "minilm", **options: Any) -> B
 
 def image_encoder(
     source: str | os.PathLike[str] = "efficientnet-lite0", **options: Any
-) -> EfficientNetLite0:
+) -> EfficientNetLite0 | InceptionV3:
     """A frozen image encoder: pooled features, `features` at several scales, `logits`.
 
     Args:
-        source: "efficientnet-lite0", or a file of its weights.
-        options: `image_size`, of `fastxm.encoders.efficientnet.EfficientNetLite0`.
+        source: "efficientnet-lite0", or a file of weights, its own or torchvision's Inception-v3.
+        options: `image_size`, of the encoder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds another network.
     """
-    weights = None if source == "efficientnet-lite0" else source
-    return EfficientNetLite0(weights, **options)
+    if source == "efficientnet-lite0":
+        return EfficientNetLite0(**options)
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"an image encoder is efficientnet-lite0 or a file, not {source}")
+    state = read(source)
+    if "Mixed_6e.branch1x1.conv.weight" in state:
+        return InceptionV3(state, **options)
+    return EfficientNetLite0(source, **options)

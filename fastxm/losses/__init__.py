@@ -4,7 +4,7 @@ Modules where users expect them: `ClipLoss` and `SigLipLoss` as in open_clip, `N
 `cached_step` for batches of which the encoders do not hold the activations.
 """
 
-from fastxm.losses.adversarial import hinge_d, hinge_g
+from fastxm.losses.adversarial import bce, hinge_d, hinge_g, kl_normal
 from fastxm.losses.cached import cached_step
 from fastxm.losses.contrastive import (
     ClipLoss,
@@ -23,11 +23,13 @@ __all__ = [
     "ClipLoss",
     "NTXentLoss",
     "SigLipLoss",
+    "bce",
     "cached_step",
     "clip_loss",
     "damsm_loss",
     "hinge_d",
     "hinge_g",
+    "kl_normal",
     "mmd_loss",
     "nce",
     "nt_xent",

@@ -23,7 +23,7 @@ class LoopConfig:
     """When the loop stops and how often it writes; nothing here changes what is computed."""
 
     steps: int = 100_000
-    """Updates of the generator in all."""
+    """Updates in all, of a GAN those of its generator."""
     max_minutes: float | None = None
     """Stops after so many minutes of training, whichever comes first."""
     log_every: int = 50
@@ -110,12 +110,10 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         ValueError: `out` holds a run and `resume` is false, or the checkpoint is another system's.
         NonFiniteLoss: training diverged.
     """
+    if not resume:
+        is_fresh(out)
     kept = checkpoint.steps(out / "checkpoints")
     last = kept[-1] if kept else None
-    if not resume and (last or (out / "metrics.jsonl").exists()):
-        raise ValueError(
-            f"{out} already holds a run: add --resume to go on, or choose another --out"
-        )
     if last:
         checkpoint.check(last, recipe.identity())
     if recipe.device.type == "cpu":
@@ -128,6 +126,14 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         while not run.finished() and not stopped:
             run.step()
         return run.close(bool(stopped))
+
+
+def is_fresh(out: Path) -> None:
+    """Raises ValueError where a directory holds a run."""
+    if checkpoint.steps(out / "checkpoints") or (out / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{out} already holds a run: add --resume to go on, or choose another --out"
+        )
 
 
 class Loop:
@@ -193,7 +199,9 @@ class Loop:
         samples = self.recipe.sample()
         if samples is not None:
             self.grid = self.log.samples(self.at.step, samples.images, samples.captions)
-            self.grid_at = self.at.step
+        if figures := self.recipe.held_out():
+            self.log.held_out(self.at.step, figures)
+        self.grid_at = self.at.step
 
     def save(self) -> None:
         self.checked_means()
