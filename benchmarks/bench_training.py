@@ -80,7 +80,7 @@ class Ours(XMCGANRecipe):
         with mock.patch.object(recipes, "text_encoder", return_value=width):
             super().build()
 
-    def open(self, encoder: object) -> RandomBatches:
+    def open(self, image_size: int, features: object) -> RandomBatches:
         return RandomBatches(self.config, self.device)
 
 

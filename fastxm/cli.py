@@ -365,7 +365,7 @@ def evaluate(arguments: list[str]) -> None:
         else:
             size = generator.config.image_size
             judge = cached_dual_encoder(DualEncoderTraining(data=data, image_size=size))
-        judge = judge.to(generator.generator.first.weight.device)
+        judge = judge.to(generator.device)
         found = evaluation.evaluate(generator, judge, data, num_images=num_images, seed=seed)
         show(found)
         if out is not None:
@@ -391,7 +391,7 @@ def conditions(model: "XMCGAN") -> dict[str, Any]:
 
     from fastxm import doctor
 
-    device = model.generator.first.weight.device
+    device = model.device
     return {
         "processor": doctor.processor(),
         "cores": doctor.available_cores(),

@@ -6,7 +6,7 @@ saved (locked-image tuning of Zhai et al. 2022 with both towers locked); the los
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastxm.encoders.frozen import Looks
 from fastxm.models.pretrained import Pretrained
 
 
@@ -43,7 +44,7 @@ class DualEncoderConfig:
     logit_scale: float = 2.65
 
 
-class DualEncoder(Pretrained):
+class DualEncoder(Looks, Pretrained):
     """Pictures and captions as vectors [D] whose cosine says how well they match.
 
     Args:
@@ -51,7 +52,7 @@ class DualEncoder(Pretrained):
     """
 
     model_type: ClassVar[str] = "dual-encoder"
-    config_class: ClassVar[Callable[..., DualEncoderConfig]] = DualEncoderConfig
+    config_class: ClassVar[type[DualEncoderConfig]] = DualEncoderConfig
     mean: Tensor
     std: Tensor
 
@@ -74,20 +75,6 @@ class DualEncoder(Pretrained):
             nn.Linear(c.hidden, c.width),
         )
         self.logit_scale = nn.Parameter(torch.tensor(float(c.logit_scale)))
-        self._encoders: dict[str, Any] = {}  # in a dict: no submodules, not in the state dict
-
-    @property
-    def device(self) -> torch.device:
-        return self.logit_scale.device
-
-    @property
-    def image_encoder(self) -> Any:
-        """The frozen encoder of pictures, loaded when first asked for."""
-        if "image" not in self._encoders:
-            from fastxm.encoders import image_encoder
-
-            self._encoders["image"] = image_encoder(self.config.image_encoder)
-        return self._encoders["image"].to(self.device)
 
     @property
     def text_encoder(self) -> Any:

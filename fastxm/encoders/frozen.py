@@ -1,6 +1,7 @@
 """What every frozen encoder shares: it never trains, and its weights have a fingerprint."""
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,3 +26,27 @@ class Frozen(nn.Module):
             digest.update(key.encode())
             digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+class Looks(nn.Module):
+    """Adds the frozen `image_encoder` that the config names: no submodule, not in the state dict."""
+
+    config: Any  # has image_encoder, and image_encoder_size unless it is 224
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._encoders: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def image_encoder(self) -> Any:
+        """The frozen encoder of pictures, loaded when first asked for, on our device."""
+        if "image" not in self._encoders:
+            from fastxm.encoders import image_encoder
+
+            size = getattr(self.config, "image_encoder_size", 224)
+            self._encoders["image"] = image_encoder(self.config.image_encoder, image_size=size)
+        return self._encoders["image"].to(self.device)

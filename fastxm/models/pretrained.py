@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from fastxm.config import construct
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Self = TypeVar("Self", bound="Pretrained")
@@ -19,7 +20,7 @@ class Pretrained(nn.Module):
     """Adds `save_pretrained` and `from_pretrained` to a model that is built from a dataclass."""
 
     model_type: ClassVar[str]
-    config_class: ClassVar[Callable[..., Any]]
+    config_class: ClassVar[type[Any]]
     config: Any
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -78,7 +79,4 @@ class Pretrained(nn.Module):
             raise ValueError(f"{path} is not a JSON object: {error}") from error
         if kind != cls.model_type:
             raise ValueError(f"{path} is of model type {kind!r}, not {cls.model_type!r}")
-        try:
-            return cls.config_class(**fields)
-        except TypeError as error:
-            raise ValueError(f"{path} has other fields than {cls.model_type}: {error}") from error
+        return construct(cls.config_class, fields, str(path))

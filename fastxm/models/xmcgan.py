@@ -15,8 +15,7 @@ Channels are BigGAN's, whose 128 and 256 px tables are XMC-GAN's; so 64 px takes
 Text-to-Image Generation. CVPR 2021.)
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastxm.models.pretrained import Pretrained
+from fastxm.models.text_to_image import TextToImage
 from fastxm.nn import (
     AttentionalModulation,
     ConditionalModulation,
@@ -43,7 +42,6 @@ from fastxm.nn.init import glorot_normal_
 UP = {64: (16, 8, 4, 2), 128: (16, 8, 4, 2, 1), 256: (16, 8, 8, 4, 2, 1)}
 DOWN = {64: (1, 2, 4, 8, 16), 128: (1, 2, 4, 8, 16, 16), 256: (1, 2, 4, 8, 8, 16, 16)}
 GLOBAL_BLOCKS = 2  # 4 -> 8 -> 16, before any word is seen
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -255,7 +253,7 @@ def at_least_float(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class XMCGAN(Pretrained):
+class XMCGAN(TextToImage):
     """XMC-GAN: `generate` draws pictures of captions.
 
     Args:
@@ -263,7 +261,7 @@ class XMCGAN(Pretrained):
     """
 
     model_type: ClassVar[str] = "xmcgan"
-    config_class: ClassVar[Callable[..., XMCGANConfig]] = XMCGANConfig
+    config_class: ClassVar[type[XMCGANConfig]] = XMCGANConfig
 
     def __init__(self, config: XMCGANConfig | None = None) -> None:
         super().__init__()
@@ -274,6 +272,10 @@ class XMCGAN(Pretrained):
         self._encoder: list[Any] = []  # in a list: not a submodule, not in the state dict
 
     @property
+    def noise_width(self) -> int:
+        return self.config.z_dim
+
+    @property
     def text_encoder(self) -> Any:
         """The frozen encoder that the config names, loaded when first asked for, on our device."""
         if not self._encoder:
@@ -281,7 +283,7 @@ class XMCGAN(Pretrained):
 
             name, options = self.config.text_encoder, {"sentence": self.config.sentence}
             self.attach(text_encoder(name, max_length=self.config.words, **options))
-        return self._encoder[0].to(self.generator.first.weight.device)
+        return self._encoder[0].to(self.device)
 
     def attach(self, encoder: Any) -> None:
         """Uses this text encoder, a module: encoder(captions) has words, sentence and lengths."""
@@ -291,91 +293,3 @@ class XMCGAN(Pretrained):
                 f"the encoder gives {encoder.width}"
             )
         self._encoder[:] = [encoder]
-
-    @torch.no_grad()
-    def generate(
-        self,
-        captions: Sequence[str],
-        *,
-        num_images: int = 1,
-        seed: int | None = None,
-        batch_size: int = 64,
-        output: str = "tensor",
-        precision: str = "fp32",
-        compile: bool = False,
-    ) -> Any:
-        """Draws pictures of captions; the model stays as it was.
-
-        Args:
-            captions: at least one.
-            num_images: pictures of each caption.
-            seed: of the noise, which is drawn picture by picture: picture k of a caption is the
-                same whatever the other captions are. None draws from PyTorch's global state.
-            batch_size: pictures at once.
-            output: "tensor" or "pil".
-            precision: "fp32", "bf16" or "fp16".
-            compile: run the generator under torch.compile.
-
-        Returns:
-            [len(captions) * num_images, 3, S, S] in [0, 1], float32 on the CPU, the pictures of one
-            caption together; or as many PIL images.
-        """
-        captions = check_captions(captions)
-        for name, count in {"num_images": num_images, "batch_size": batch_size}.items():
-            if count < 1:
-                raise ValueError(f"{name} is at least 1, not {count}")
-        for name, value, known in (
-            ("output", output, ("tensor", "pil")), ("precision", precision, tuple(PRECISIONS)),
-        ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"{name} is one of {known}, not {value!r}")
-        noise = self.noise(len(captions), num_images, seed)
-        text = [part.repeat_interleave(num_images, 0) for part in self.encode(captions, batch_size)]
-        device, dtype = self.generator.first.weight.device, PRECISIONS[precision]
-        network = torch.compile(self.generator) if compile else self.generator
-        rows = zip(*(part.split(batch_size) for part in (noise.to(device), *text)))
-        with evaluating(self.generator), torch.autocast(device.type, dtype, enabled=bool(dtype)):
-            images = torch.cat([network(*row).float().cpu() for row in rows])
-        return to_pil(images) if output == "pil" else images
-
-    def encode(self, captions: list[str], batch_size: int) -> list[Tensor]:
-        """words [B, T, E], sentence [B, E] and lengths [B] of B captions, each encoded once."""
-        starts = range(0, len(captions), batch_size)
-        parts = [self.text_encoder(captions[start : start + batch_size]) for start in starts]
-        return [torch.cat([getattr(p, n) for p in parts]) for n in ("words", "sentence", "lengths")]
-
-    def noise(self, captions: int, num_images: int, seed: int | None) -> Tensor:
-        """[captions * num_images, z_dim]; with a seed, picture k of every caption has the same."""
-        width = self.config.z_dim
-        if seed is None:
-            return torch.randn(captions * num_images, width)
-        generator = torch.Generator().manual_seed(seed)
-        rows = [torch.randn(width, generator=generator) for _ in range(num_images)]
-        return torch.stack(rows).repeat(captions, 1)
-
-
-def check_captions(captions: Sequence[str]) -> list[str]:
-    if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
-        raise TypeError(f"captions are a list of strings, not {captions!r}")
-    if not captions:
-        raise ValueError("generate needs at least one caption")
-    return list(captions)
-
-
-@contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the mode it had outside."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
-
-
-def to_pil(images: Tensor) -> list[Any]:
-    """PIL images of [B, 3, S, S] in [0, 1]."""
-    from PIL import Image
-
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in pixels]

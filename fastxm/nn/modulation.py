@@ -69,7 +69,8 @@ def take_statistics(network: nn.Module, batches: Iterable[Sequence[Any]]) -> Non
         network: called with each of the batches; in eval mode afterwards.
         batches: at least one.
     """
-    norms = [module for module in network.modules() if isinstance(module, ModulatedNorm)]
+    kinds = (ModulatedNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+    norms = [module for module in network.modules() if isinstance(module, kinds)]
     usual = [norm.momentum for norm in norms]
     network.train()
     try:

@@ -1,24 +1,22 @@
-"""Configurations: dataclasses from plain values (YAML) and back, presets among them."""
+"""Configurations of runs: presets by system and name, and a run's config.yaml."""
 
-import dataclasses
-import types
-import typing
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-T = TypeVar("T")
+from fastxm.config import construct as construct
+from fastxm.config import convert as convert
+from fastxm.config import plain as plain
+
 PRESETS = resources.files("fastxm.presets")
 
 
 def presets(system: str) -> list[str]:
     """The names of a system's presets."""
-    found = (
-        (p, yaml.safe_load(p.read_text())) for p in PRESETS.iterdir() if p.name[-5:] == ".yaml"
-    )
-    return sorted(p.name[:-5] for p, values in found if values["system"] == system)
+    folder = PRESETS / system
+    return sorted(p.name[:-5] for p in folder.iterdir()) if folder.is_dir() else []
 
 
 def preset(system: str, name: str) -> dict[str, Any]:
@@ -29,64 +27,7 @@ def preset(system: str, name: str) -> dict[str, Any]:
     """
     if name not in presets(system):
         raise ValueError(f"no preset {name!r} for {system}: there are {', '.join(presets(system))}")
-    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    return {key: value for key, value in values.items() if key != "system"}
-
-
-def construct(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """A dataclass from nested plain values; what they leave out keeps its default.
-
-    Args:
-        cls: a dataclass, whose fields may be dataclasses.
-        values: field name -> value.
-        where: what the values come from, for the error.
-
-    Raises:
-        ValueError: a name is no field, or a value is not of its field's type.
-    """
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):  # type: ignore[arg-type]
-        raise ValueError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}")
-    made = {key: convert(hints[key], value, f"{where}: {key}") for key, value in values.items()}
-    return cls(**made)
-
-
-def convert(hint: Any, value: Any, where: str) -> Any:
-    """A plain value as a field's type asks: sections, tuples, paths, numbers like 2e-4."""
-    kinds = (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in (typing.Union, types.UnionType)
-        else (hint,)
-    )
-    if value is None and types.NoneType in kinds:
-        return None
-    kind = next(k for k in kinds if k is not types.NoneType)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is a section, not {value!r}")
-        return construct(typing.cast(type, kind), value, where)
-    origin = typing.get_origin(kind) or kind
-    if origin is typing.Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError(f"{where} is one of {typing.get_args(kind)}, not {value!r}")
-        return value
-    if isinstance(value, bool) != (origin is bool):
-        raise ValueError(f"{where} must be {origin.__name__}, not {value!r}")
-    try:
-        return origin(value)  # YAML reads 2e-4 as text, and a tuple as a list
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} must be {origin.__name__}, not {value!r}") from error
-
-
-def plain(config: Any) -> Any:
-    """A dataclass as nested plain values, fit for YAML and JSON."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, (list, tuple)):
-        return [plain(value) for value in config]
-    if isinstance(config, dict):
-        return {key: plain(value) for key, value in config.items()}
-    return str(config) if isinstance(config, Path) else config
+    return yaml.safe_load((PRESETS / system / f"{name}.yaml").read_text())
 
 
 def write(path: Path, system: str, config: Any) -> None:

@@ -9,28 +9,22 @@ is never trained on contrastive losses of generated pictures.
 (Zhang et al., XMC-GAN, CVPR 2021, section 4; the schedule is that of the released code.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastxm import losses
-from fastxm.data import BatchSampler, CaptionedImages, open_dataset, text_features
+from fastxm.data import text_features
 from fastxm.data.transforms import augment
 from fastxm.encoders import EfficientNetLite0, image_encoder, text_encoder
-from fastxm.models.xmcgan import XMCGAN, DiscriminatorOutput, Generator, XMCGANConfig
-from fastxm.nn import take_statistics
-from fastxm.training.batches import Batch, CaptionedBatches, split
-from fastxm.training.ema import EMA
-from fastxm.training.precision import Precision, autocast, check_precision, pick_device, seed_all
-from fastxm.training.recipe import Player, Recipe, Samples, State
+from fastxm.models.xmcgan import XMCGAN, DiscriminatorOutput, XMCGANConfig
+from fastxm.training.batches import Batch, split
+from fastxm.training.gan import GANRecipe, gradients
+from fastxm.training.precision import Precision, autocast, seed_all
 from fastxm.training.trainer import LoopConfig
-
-STATISTICS = 64  # batches that the moving average's own statistics are taken over
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ class XMCGANTraining:
             raise ValueError(f"d_warmup must be at least 0, not {self.d_warmup}")
 
 
-class XMCGANRecipe(Recipe):
+class XMCGANRecipe(GANRecipe):
     """XMC-GAN as the loop sees it.
 
     Args:
@@ -105,14 +99,10 @@ class XMCGANRecipe(Recipe):
     """
 
     system = "xmcgan"
-    batches: CaptionedBatches
-    unbound = ("loop", "device", "compile")
 
     def __init__(self, config: XMCGANTraining):
-        self.config = config
+        super().__init__(config)
         self.images_per_step = config.batch_size * config.d_steps_per_g
-        self.device = pick_device(config.device)
-        check_precision(config.precision, self.device)
 
     def build(self) -> None:
         config = self.config
@@ -121,44 +111,26 @@ class XMCGANRecipe(Recipe):
         if encoder.width != config.model.text_width:
             name, width = config.model.text_encoder, config.model.text_width
             raise ValueError(f"{name} has text_width {encoder.width}, the configuration {width}")
-        self.batches = self.open(encoder)
-        self.model = XMCGAN(config.model).train().to(self.device)  # channels_last by itself
-        self.generator: Callable[..., Any] = self.model.generator
-        self.discriminator: Callable[..., Any] = self.model.discriminator
+        self.encoder = encoder
+        size = config.model.image_size
+        self.batches = self.open(size, lambda dataset: text_features(dataset, encoder))
+        model = XMCGAN(config.model).train().to(self.device)  # channels_last by itself
+        self.generator: Callable[..., Any] = model.generator
+        self.discriminator: Callable[..., Any] = model.discriminator
         self.players = {
-            "generator": self.player(self.generator, config.lr_g),
-            "discriminator": self.player(self.discriminator, config.lr_d),
+            "generator": self.player(model.generator, config.lr_g),
+            "discriminator": self.player(model.discriminator, config.lr_d),
         }
-        self.ema = EMA(self.generator, config.ema_decay, ramp=config.ema_ramp)
-        self.statistics_of: int | None = None  # the update whose average has its own statistics
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.average_from(model)
         self.features = self.pretrained() if config.pretrained_weight else None
         if config.compile:
             self.compile()
 
-    def open(self, encoder: Any) -> CaptionedBatches:
-        """The training data; sets aside what is drawn in the sample grids."""
-        config = self.config
-        size = config.model.image_size
-        train = open_dataset(config.data, size, "train")
-        held_out = open_dataset(config.data, size, "val")
-        self.captions = sample_captions([train, held_out], config.samples)
-        self.text = {k: v.to(self.device) for k, v in encoder(self.captions)._asdict().items()}
-        generator = torch.Generator().manual_seed(config.seed)
-        shape = (len(self.captions), config.model.z_dim)
-        self.noise = torch.randn(shape, generator=generator).to(self.device)
-        return CaptionedBatches(
-            train,
-            text_features(train, encoder),
-            self.images_per_step,
-            seed=config.seed,
-            flip=config.flip,
-            device=self.device,
-        )
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        return tuple(part.to(self.device) for part in self.encoder(captions))
 
-    def player(self, network: nn.Module, lr: float) -> Player:
-        betas = (self.config.beta1, self.config.beta2)
-        return Player(network, torch.optim.Adam(network.parameters(), lr, betas, fused=True))
+    def text(self, batch: Batch) -> tuple[Tensor, ...]:
+        return batch["words"], batch["sentence"], batch["lengths"]
 
     def pretrained(self) -> EfficientNetLite0:
         size = self.config.pretrained_size
@@ -171,19 +143,13 @@ class XMCGANRecipe(Recipe):
         self.discriminator = torch.compile(self.discriminator, fullgraph=True)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        self.warm_up()
+        self.warm_up(["discriminator"])
         *alone, joint = split(batch, self.config.d_steps_per_g)
         for part in alone:
             self.discriminator_step(part)
         metrics = self.joint_step(joint)
         self.ema.update(self.model.generator)
         return metrics
-
-    def warm_up(self) -> None:
-        """Sets the discriminator's step size: a sharp judge at once leaves a generator behind."""
-        share = min(1.0, (self.ema.updates + 1) / max(1, self.config.d_warmup))
-        for group in self.players["discriminator"].optimizer.param_groups:
-            group["lr"] = self.config.lr_d * share
 
     def discriminator_step(self, batch: Batch) -> None:
         """One update of the discriminator; the generator's running statistics do not move."""
@@ -214,8 +180,7 @@ class XMCGANRecipe(Recipe):
     def generate(self, batch: Batch, *, update_stats: bool) -> Tensor:
         z = torch.randn(len(batch["image"]), self.config.model.z_dim, device=self.device)
         with autocast(self.config.precision, self.device):
-            text = batch["words"], batch["sentence"], batch["lengths"]
-            return self.generator(z, *text, update_stats=update_stats)
+            return self.generator(z, *self.text(batch), update_stats=update_stats)
 
     def judge(self, batch: Batch, fake: Tensor) -> list[DiscriminatorOutput]:
         """What the discriminator makes of the real pictures and of the generated ones."""
@@ -273,88 +238,3 @@ class XMCGANRecipe(Recipe):
             with torch.no_grad():
                 of_real = self.features.logits(real)
             return self.features.logits(fake).float(), of_real.float()
-
-    def update(self, gradients: dict[str, tuple[Tensor, ...]]) -> None:
-        """Applies gradients of (scaled) losses; fp16 skips an update that overflowed."""
-        for name, values in gradients.items():
-            player = self.players[name]
-            for parameter, gradient in zip(player.network.parameters(), values):
-                parameter.grad = as_laid_out(gradient, parameter)
-            self.scaler.step(player.optimizer)
-            player.optimizer.zero_grad()
-        self.scaler.update()
-
-    @torch.no_grad()
-    def average(self) -> Generator:
-        """The generator's moving average, ready to draw; what training does next stays the same."""
-        network, updates = self.ema.network, self.ema.updates
-        if self.config.ema_statistics == "own" and self.statistics_of != updates:
-            with autocast(self.config.precision, self.device):
-                take_statistics(network, self.random_inputs(STATISTICS))
-            self.statistics_of = updates
-        return network
-
-    def random_inputs(self, batches: int) -> Iterator[tuple[Tensor, ...]]:
-        """What generators draw of: noise, and captions as training draws them."""
-        config, features = self.config, self.batches.features
-        source = torch.Generator().manual_seed(config.seed)
-        sampler = BatchSampler(self.batches.dataset, config.batch_size, seed=config.seed)
-        for _, (indices, numbers) in zip(range(batches), sampler):
-            z = torch.randn(len(indices), config.model.z_dim, generator=source)
-            text = features.batch(features.row(indices, numbers))
-            inputs = (z, text["words"], text["sentence"], text["lengths"])
-            yield tuple(tensor.to(self.device) for tensor in inputs)
-
-    @torch.no_grad()
-    def sample(self) -> Samples:
-        average = self.average()
-        text = self.text["words"], self.text["sentence"], self.text["lengths"]
-        rows = zip(*(tensor.split(self.config.batch_size) for tensor in (self.noise, *text)))
-        with autocast(self.config.precision, self.device):
-            images = torch.cat([average(*row).float() for row in rows])
-        return Samples(images, self.captions)
-
-    def state_dict(self) -> State:
-        extra = {"ema": self.ema.state_dict(), "scaler": self.scaler.state_dict()}
-        return {**super().state_dict(), **extra}
-
-    def load_state_dict(self, state: State) -> None:
-        super().load_state_dict(state)
-        self.ema.load_state_dict(state["ema"])
-        self.statistics_of = None
-        self.scaler.load_state_dict(state["scaler"])
-
-    def export(self, directory: Path) -> None:
-        live, self.model.generator = self.model.generator, self.average()
-        try:
-            self.model.save_pretrained(directory)
-        finally:
-            self.model.generator = live
-
-
-def gradients(
-    loss: Tensor, parameters: list[nn.Parameter], *, retain_graph: bool = False
-) -> tuple[Tensor, ...]:
-    """The gradients of a loss; zero of parameters that only losses of weight 0 reach."""
-    return torch.autograd.grad(
-        loss, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
-    )
-
-
-def as_laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in the parameter's memory order: fused Adam pairs places, not indices."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
-
-
-def sample_captions(splits: list[CaptionedImages], count: int) -> list[str]:
-    """Captions spread over what training draws, in equal shares of the splits that hold any."""
-    filled = [dataset for dataset in splits if len(dataset)]
-    captions = []
-    for k, dataset in enumerate(filled):
-        share = count * (k + 1) // len(filled) - count * k // len(filled)
-        ends = np.cumsum(dataset.weights)
-        points = (np.arange(share) + 0.5) / share * ends[-1]
-        captions += [dataset.captions[i][0] for i in np.searchsorted(ends, points)]
-    return captions

@@ -8,7 +8,7 @@ from small import Letters
 
 from fastxm.data import open_dataset, text_features
 from fastxm.training.batches import CaptionedBatches, split
-from fastxm.training.xmcgan import sample_captions
+from fastxm.training.gan import sample_captions
 
 
 def opened(folder, **options):

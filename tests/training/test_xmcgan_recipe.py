@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastxm import XMCGAN
-from fastxm.training import checkpoint, xmcgan
+from fastxm.training import checkpoint, gan, xmcgan
 from fastxm.training.batches import split
 from fastxm.training.trainer import LoopConfig, train
 
@@ -343,7 +343,7 @@ def test_statistics_beside_the_average(folder, own):
     if own == "own":  # the first layer that normalises sees the mean of what it is given
         seen = []
         hook = network.blocks[0].norm1.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-        for inputs in ours.random_inputs(xmcgan.STATISTICS):
+        for inputs in ours.random_inputs(gan.STATISTICS):
             network(*inputs)
         hook.remove()
         mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)

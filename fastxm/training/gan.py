@@ -1,0 +1,185 @@
+"""What the recipes of text-to-image GANs share: updates, the moving average, samples, export."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastxm.data import BatchSampler, CaptionedImages, open_dataset
+from fastxm.models.text_to_image import TextToImage
+from fastxm.nn import take_statistics
+from fastxm.training.batches import CaptionedBatches
+from fastxm.training.ema import EMA
+from fastxm.training.precision import autocast, check_precision, pick_device
+from fastxm.training.recipe import Player, Recipe, Samples, State
+
+STATISTICS = 64  # batches that the moving average's own statistics are taken over
+
+
+class GANRecipe(Recipe):
+    """A generator, its discriminators and the generator's moving average.
+
+    `build` of a system opens the data with `open`, makes `model` and `players` ("generator" among
+    them), and calls `average_from` last.
+
+    Args:
+        config: of the training; it has data, seed, samples, batch_size, flip, beta1, beta2,
+            ema_decay, ema_ramp, ema_statistics, precision and device.
+    """
+
+    batches: CaptionedBatches
+    model: Any  # a TextToImage
+    unbound = ("loop", "device", "compile")
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.images_per_step = config.batch_size
+        self.device = pick_device(config.device)
+        check_precision(config.precision, self.device)
+
+    @abstractmethod
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """words, sentence and lengths of captions, on the training device."""
+
+    @abstractmethod
+    def text(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """words, sentence and lengths of a batch."""
+
+    def open(self, image_size: int, features: Any) -> CaptionedBatches:
+        """The training data; sets aside what is drawn in the sample grids.
+
+        Args:
+            image_size: side of the pictures.
+            features: from a data set to its text features, as `CaptionedBatches` takes them.
+        """
+        config = self.config
+        train = open_dataset(config.data, image_size, "train")
+        held_out = open_dataset(config.data, image_size, "val")
+        self.captions = sample_captions([train, held_out], config.samples)
+        return CaptionedBatches(
+            train,
+            features(train),
+            self.images_per_step,
+            seed=config.seed,
+            flip=config.flip,
+            device=self.device,
+        )
+
+    def player(self, network: nn.Module, lr: float) -> Player:
+        betas = (self.config.beta1, self.config.beta2)
+        return Player(network, torch.optim.Adam(network.parameters(), lr, betas, fused=True))
+
+    def average_from(self, model: TextToImage) -> None:
+        """Starts the moving average of the model's generator."""
+        config = self.config
+        self.model = model
+        self.ema = EMA(model.generator, config.ema_decay, ramp=config.ema_ramp)
+        self.statistics_of: int | None = None  # the update whose average has its own statistics
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+
+    @cached_property
+    def sample_inputs(self) -> tuple[Tensor, ...]:
+        """Noise and text of the sample grids."""
+        source = torch.Generator().manual_seed(self.config.seed)
+        noise = torch.randn(len(self.captions), self.model.noise_width, generator=source)
+        return (noise.to(self.device), *self.encode(self.captions))
+
+    def warm_up(self, names: Sequence[str]) -> None:
+        """Sets the discriminators' step size: a sharp judge at once leaves a generator behind."""
+        share = min(1.0, (self.ema.updates + 1) / max(1, self.config.d_warmup))
+        for name in names:
+            for group in self.players[name].optimizer.param_groups:
+                group["lr"] = self.config.lr_d * share
+
+    def update(self, gradients: dict[str, tuple[Tensor, ...]]) -> None:
+        """Applies gradients of (scaled) losses; fp16 skips an update that overflowed."""
+        for name, values in gradients.items():
+            player = self.players[name]
+            for parameter, gradient in zip(player.network.parameters(), values):
+                parameter.grad = as_laid_out(gradient, parameter)
+            self.scaler.step(player.optimizer)
+            player.optimizer.zero_grad()
+        self.scaler.update()
+
+    @torch.no_grad()
+    def average(self) -> Any:
+        """The generator's moving average, ready to draw; what training does next stays the same."""
+        network, updates = self.ema.network, self.ema.updates
+        if self.config.ema_statistics == "own" and self.statistics_of != updates:
+            with autocast(self.config.precision, self.device):
+                take_statistics(network, self.random_inputs(STATISTICS))
+            self.statistics_of = updates
+        return network
+
+    def random_inputs(self, batches: int) -> Iterator[tuple[Tensor, ...]]:
+        """What generators draw of: noise, and captions as training draws them."""
+        config, features = self.config, self.batches.features
+        source = torch.Generator().manual_seed(config.seed)
+        sampler = BatchSampler(self.batches.dataset, config.batch_size, seed=config.seed)
+        for _, (indices, numbers) in zip(range(batches), sampler):
+            z = torch.randn(len(indices), self.model.noise_width, generator=source)
+            batch = features.batch(features.row(indices, numbers))
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            yield (z.to(self.device), *self.text(batch))
+
+    @torch.no_grad()
+    def draw(self) -> list[Any]:
+        """What the average makes of the sample captions, in batches."""
+        average = self.average()
+        rows = zip(*(tensor.split(self.config.batch_size) for tensor in self.sample_inputs))
+        with autocast(self.config.precision, self.device):
+            return [average(*row) for row in rows]
+
+    def sample(self) -> Samples:
+        images = torch.cat([self.model.picture(drawn).float() for drawn in self.draw()])
+        return Samples(images, self.captions)
+
+    def state_dict(self) -> State:
+        extra = {"ema": self.ema.state_dict(), "scaler": self.scaler.state_dict()}
+        return {**super().state_dict(), **extra}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        self.ema.load_state_dict(state["ema"])
+        self.statistics_of = None
+        self.scaler.load_state_dict(state["scaler"])
+
+    def export(self, directory: Path) -> None:
+        live, self.model.generator = self.model.generator, self.average()
+        try:
+            self.model.save_pretrained(directory)
+        finally:
+            self.model.generator = live
+
+
+def gradients(
+    loss: Tensor, parameters: list[nn.Parameter], *, retain_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """The gradients of a loss; zero of parameters that only losses of weight 0 reach."""
+    return torch.autograd.grad(
+        loss, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )
+
+
+def as_laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the parameter's memory order: fused Adam pairs places, not indices."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def sample_captions(splits: list[CaptionedImages], count: int) -> list[str]:
+    """Captions spread over what training draws, in equal shares of the splits that hold any."""
+    filled = [dataset for dataset in splits if len(dataset)]
+    captions = []
+    for k, dataset in enumerate(filled):
+        share = count * (k + 1) // len(filled) - count * k // len(filled)
+        ends = np.cumsum(dataset.weights)
+        points = (np.arange(share) + 0.5) / share * ends[-1]
+        captions += [dataset.captions[i][0] for i in np.searchsorted(ends, points)]
+    return captions
