@@ -29,13 +29,13 @@ class Frozen(nn.Module):
 
 
 class Looks(nn.Module):
-    """Adds the frozen `image_encoder` that the config names: no submodule, not in the state dict."""
+    """Adds the frozen `image_encoder` that the config names; it is not in the state dict."""
 
     config: Any  # has image_encoder, and image_encoder_size unless it is 224
 
     def __init__(self) -> None:
         super().__init__()
-        self._encoders: dict[str, Any] = {}
+        self._encoders: dict[str, Any] = {}  # in a dict: no submodules
 
     @property
     def device(self) -> torch.device:
