@@ -11,6 +11,8 @@ __version__ = metadata.version("fastxm")
 HOMES = {
     "XMCGAN": "fastxm.models.xmcgan",
     "XMCGANConfig": "fastxm.models.xmcgan",
+    "CrossModalAutoencoder": "fastxm.models.selfsup",
+    "CrossModalConfig": "fastxm.models.selfsup",
     "DualEncoder": "fastxm.encoders.dual",
 }
 MODULES = ("data", "encoders", "evaluation", "losses", "models", "nn", "ops", "training")

@@ -4,8 +4,9 @@ Modules where users expect them: `ClipLoss` and `SigLipLoss` as in open_clip, `N
 `cached_step` for batches of which the encoders do not hold the activations.
 """
 
-from fastxm.losses.adversarial import hinge_d, hinge_g
+from fastxm.losses.adversarial import bce_fake, bce_real, hinge_d, hinge_g
 from fastxm.losses.cached import cached_step
+from fastxm.losses.colour import colour_consistency
 from fastxm.losses.contrastive import (
     ClipLoss,
     NTXentLoss,
@@ -17,20 +18,28 @@ from fastxm.losses.contrastive import (
     region_word_loss,
     siglip_loss,
 )
+from fastxm.losses.gaussian import kl_normal
 from fastxm.losses.mmd import mmd_loss
+from fastxm.losses.mmd_gan import mmd_gan, one_sided
 
 __all__ = [
     "ClipLoss",
     "NTXentLoss",
     "SigLipLoss",
+    "bce_fake",
+    "bce_real",
     "cached_step",
     "clip_loss",
+    "colour_consistency",
     "damsm_loss",
     "hinge_d",
     "hinge_g",
+    "kl_normal",
+    "mmd_gan",
     "mmd_loss",
     "nce",
     "nt_xent",
+    "one_sided",
     "region_word_loss",
     "siglip_loss",
 ]

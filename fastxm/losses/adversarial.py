@@ -21,3 +21,21 @@ def hinge_g(fake: Tensor) -> Tensor:
         fake: [N], logits of generated pictures.
     """
     return -fake.float().mean()
+
+
+def bce_real(logits: Tensor) -> Tensor:
+    """Binary cross-entropy of logits that should say real, -mean log sigmoid, in float32.
+
+    Args:
+        logits: [N].
+    """
+    return F.softplus(-logits.float()).mean()
+
+
+def bce_fake(logits: Tensor) -> Tensor:
+    """Binary cross-entropy of logits that should say fake, -mean log(1 - sigmoid), in float32.
+
+    Args:
+        logits: [N].
+    """
+    return F.softplus(logits.float()).mean()
