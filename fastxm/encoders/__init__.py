@@ -4,9 +4,11 @@ import os
 from typing import Any
 
 from fastxm.encoders.bert import BERT, TextBatch, minilm_directory
-from fastxm.encoders.efficientnet import EfficientNetLite0
+from fastxm.encoders.efficientnet import EfficientNetLite0, EfficientNetLite0Layout
+from fastxm.encoders.resnet import ResNet50
 
-__all__ = ["BERT", "EfficientNetLite0", "TextBatch", "image_encoder", "text_encoder"]
+__all__ = ["BERT", "EfficientNetLite0", "EfficientNetLite0Layout", "ResNet50", "TextBatch",
+           "image_encoder", "text_encoder"]  # fmt: skip
 
 
 def text_encoder(source: str | os.PathLike[str] = "minilm", **options: Any) -> BERT:
@@ -23,12 +25,18 @@ def text_encoder(source: str | os.PathLike[str] = "minilm", **options: Any) -> B
 
 def image_encoder(
     source: str | os.PathLike[str] = "efficientnet-lite0", **options: Any
-) -> EfficientNetLite0:
-    """A frozen image encoder: pooled features, `features` at several scales, `logits`.
+) -> EfficientNetLite0 | ResNet50:
+    """A frozen image encoder: `embed` gives features of pictures, `width` wide.
 
     Args:
-        source: "efficientnet-lite0", or a file of its weights.
-        options: `image_size`, of `fastxm.encoders.efficientnet.EfficientNetLite0`.
+        source: "efficientnet-lite0"; "efficientnet-lite0-layout", whose features also say where
+            things are; "resnet50:FILE", of torchvision's weights; or a file of EfficientNet-Lite0's
+            weights.
+        options: `image_size`, of these classes.
     """
+    if source == "efficientnet-lite0-layout":
+        return EfficientNetLite0Layout(**options)
+    if str(source).startswith("resnet50:"):
+        return ResNet50(str(source).removeprefix("resnet50:"), **options)
     weights = None if source == "efficientnet-lite0" else source
     return EfficientNetLite0(weights, **options)

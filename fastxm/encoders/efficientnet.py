@@ -144,6 +144,31 @@ class EfficientNetLite0(Frozen):
         return torch.cat(parts) if len(images) else images.new_zeros(0, self.width)
 
 
+class EfficientNetLite0Layout(EfficientNetLite0):
+    """Features that also say where: pooled ones, then 4 x 4 means of the map of stride 8.
+
+    Pooled features alone leave a decoder to guess the place of a picture's parts.
+    """
+
+    grid = 4
+    width = 1280 + 40 * grid * grid
+
+    def __init__(
+        self, weights: str | os.PathLike[str] | None = None, *, image_size: int | None = 224
+    ) -> None:
+        super().__init__(weights, image_size=image_size)
+        self.name = self.name.replace("lite0-", "lite0-layout-", 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [B, 1920] of images [B, 3, H, W] in [0, 1]."""
+        maps = self.features(images)
+        layout = F.adaptive_avg_pool2d(maps[2], self.grid).flatten(1)
+        return torch.cat([self.pool(maps), layout], 1)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.features(images)))
+
+
 def blocks() -> Iterator[Block]:
     """The sixteen blocks."""
     inputs = 32

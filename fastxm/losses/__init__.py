@@ -4,7 +4,7 @@ Modules where users expect them: `ClipLoss` and `SigLipLoss` as in open_clip, `N
 `cached_step` for batches of which the encoders do not hold the activations.
 """
 
-from fastxm.losses.adversarial import bce_fake, bce_real, hinge_d, hinge_g
+from fastxm.losses.adversarial import bce, hinge_d, hinge_g, kl_normal
 from fastxm.losses.cached import cached_step
 from fastxm.losses.colour import colour_consistency
 from fastxm.losses.contrastive import (
@@ -18,7 +18,6 @@ from fastxm.losses.contrastive import (
     region_word_loss,
     siglip_loss,
 )
-from fastxm.losses.gaussian import kl_normal
 from fastxm.losses.mmd import mmd_loss
 from fastxm.losses.mmd_gan import mmd_gan, one_sided
 
@@ -26,8 +25,7 @@ __all__ = [
     "ClipLoss",
     "NTXentLoss",
     "SigLipLoss",
-    "bce_fake",
-    "bce_real",
+    "bce",
     "cached_step",
     "clip_loss",
     "colour_consistency",

@@ -1,5 +1,6 @@
 """What a discriminator and its generator minimise."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,19 +24,24 @@ def hinge_g(fake: Tensor) -> Tensor:
     return -fake.float().mean()
 
 
-def bce_real(logits: Tensor) -> Tensor:
-    """Binary cross-entropy of logits that should say real, -mean log sigmoid, in float32.
+def bce(logits: Tensor, real: bool, *, where: Tensor | None = None) -> Tensor:
+    """Binary cross entropy of logits that are all of real or all of generated pictures, in float32.
 
     Args:
         logits: [N].
+        real: what they should say.
+        where: [N] booleans, those that count; all if not given. 0 if none does.
     """
-    return F.softplus(-logits.float()).mean()
+    surprise = F.softplus(-logits.float() if real else logits.float())
+    if where is None:
+        return surprise.mean()
+    return torch.where(where, surprise, 0).sum() / where.sum().clamp(min=1)
 
 
-def bce_fake(logits: Tensor) -> Tensor:
-    """Binary cross-entropy of logits that should say fake, -mean log(1 - sigmoid), in float32.
+def kl_normal(mean: Tensor, log_var: Tensor) -> Tensor:
+    """Divergence of normal distributions from the standard one: the mean over all [B, D].
 
     Args:
-        logits: [N].
+        mean, log_var: [B, D].
     """
-    return F.softplus(logits.float()).mean()
+    return -0.5 * (1 + log_var - mean.square() - log_var.exp()).mean()

@@ -207,7 +207,7 @@ class ImageRecipe(Recipe):
         with autocast(self.config.precision, self.device):
             seen = judge(drawn)
             logits = judge.real(seen), judge.matched(seen, mean)
-        return losses.bce_real(logits[0]) + losses.bce_real(logits[1])
+        return losses.bce(logits[0], True) + losses.bce(logits[1], True)
 
     def colour(self, real: list[Tensor], fake: list[Tensor]) -> Tensor:
         """Each size against the one below it, the smallest against the true pictures."""
@@ -267,8 +267,8 @@ def discriminator_loss(
     """
     true, drawn = judge(real), judge(fake)
     wrong = true.roll(1, 0)
-    is_real = losses.bce_real(judge.real(true))  # of wrong pictures too: they are the same
-    pairs = losses.bce_real(judge.matched(true, condition))
-    pairs = pairs + losses.bce_fake(judge.matched(wrong, condition))
-    pairs = pairs + losses.bce_fake(judge.matched(drawn, condition))
-    return 2 * is_real + losses.bce_fake(judge.real(drawn)) + pairs
+    is_real = losses.bce(judge.real(true), True)  # of wrong pictures too: they are the same
+    pairs = losses.bce(judge.matched(true, condition), True)
+    pairs = pairs + losses.bce(judge.matched(wrong, condition), False)
+    pairs = pairs + losses.bce(judge.matched(drawn, condition), False)
+    return 2 * is_real + losses.bce(judge.real(drawn), False) + pairs

@@ -191,12 +191,12 @@ class GANToText(Mapper):
         critic = self.players["critic"].network
         for _ in range(2):
             x, y = real(), self.network(source())
-            loss_d = losses.bce_real(critic(x)) + losses.bce_fake(critic(y.detach()))
+            loss_d = losses.bce(critic(x), True) + losses.bce(critic(y.detach()), False)
             loss_d = self.update("critic", loss_d)
-            loss = losses.bce_real(critic(y))
+            loss = losses.bce(critic(y), True)
             if loss > self.losing:
                 self.update_map(loss)
-        loss = self.update_map(losses.bce_real(critic(self.network(source()))))
+        loss = self.update_map(losses.bce(critic(self.network(source())), True))
         return {"loss_d": loss_d, "loss_g": loss}
 
 
