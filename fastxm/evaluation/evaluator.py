@@ -33,11 +33,14 @@ class TextToImage(Protocol):
     def __init__(self, config: Any) -> None: ...
 
     @property
+    def image_size(self) -> int: ...
+
+    @property
     def text_encoder(self) -> Any: ...
 
     def attach(self, encoder: Any) -> None: ...
 
-    def to(self, device: torch.device) -> "TextToImage": ...
+    def to(self, device: torch.device, /) -> Any: ...
 
     def generate(self, captions: Sequence[str], *, seed: int | None = None) -> Tensor: ...
 
@@ -181,14 +184,15 @@ class Evaluation:
             distance["real against real, as few"] = judge.of(judge.others[: len(once)])
         return distance, self.retrieval(captions, drawn, real[order])
 
+    @torch.no_grad()
     def retrieval(self, captions: Captions, drawn: Tensor, real: Tensor) -> dict[str, Any]:
         """Recall of captions by features [N, 1280] of what was drawn of them, and of real ones."""
         pools = caption_pools(captions, self.pool, self.seed)
         keys = embed_captions(self.dual, captions.texts)
         of = len(pools[0])
         found = {
-            "generated": pooled_recall(self.dual, drawn, keys, pools),
-            "real": pooled_recall(self.dual, real, keys, pools),
+            "generated": pooled_recall(self.dual.embed_images(drawn), keys, pools),
+            "real": pooled_recall(self.dual.embed_images(real), keys, pools),
             "chance": {f"R@{k}": min(k / of, 1.0) for k in KS},
         }
         return {name: {**recall, "of": of} for name, recall in found.items()}
@@ -227,7 +231,7 @@ def evaluate(
     """Draws pictures of training and of held-out captions and judges them, beside baselines.
 
     Args:
-        model: the generator; `model.config.image_size` is the side of its pictures.
+        model: the generator; `model.image_size` is the side of its pictures.
         dual: ranks captions by pictures; its image encoder gives the features of the distance.
         data: "emoji", or a folder of captioned pictures.
         num_images: drawn for each distance, if the data set has twice as many.
@@ -241,7 +245,7 @@ def evaluate(
         "retrieval": by what was judged, R@1, R@5, R@10, and "of", how many captions;
         empty where the data set holds nothing out.
     """
-    size = model.config.image_size
+    size = model.image_size
     train, held_out = (open_dataset(data, size, s, progress=progress) for s in ("train", "val"))
     options: dict[str, Any] = {"num_images": num_images, "seed": seed, "progress": progress}
     judge = FrechetJudge(train, dual.image_encoder, **options)
@@ -284,27 +288,22 @@ def caption_pools(captions: Captions, size: int, seed: int) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def embed_captions(dual: DualEncoder, texts: list[str], chunk: int = 64) -> Tensor:
-    """[N, D], of captions that may repeat."""
+def embed_captions(dual: Any, texts: list[str], chunk: int = 64) -> Tensor:
+    """[N, D], of captions that may repeat, by `embed_text`."""
     distinct, place = np.unique(texts, return_inverse=True)
     starts = range(0, len(distinct), chunk)
     embedded = [dual.embed_text(distinct[start : start + chunk].tolist()) for start in starts]
     return torch.cat(embedded)[torch.from_numpy(place)]
 
 
-@torch.no_grad()
-def pooled_recall(
-    dual: DualEncoder, features: Tensor, keys: Tensor, pools: list[np.ndarray]
-) -> dict[str, float]:
+def pooled_recall(query: Tensor, keys: Tensor, pools: list[np.ndarray]) -> dict[str, float]:
     """R@k of finding a picture's caption among those of its pool, the mean over the pools.
 
     Args:
-        dual: embeds the pictures.
-        features: [N, 1280], of the pictures.
-        keys: [N, D], the captions.
+        query: [N, D], the pictures.
+        keys: [N, D], their captions.
         pools: numbers of pictures.
     """
-    query = dual.embed_images(features)
     found = [
         retrieval_recall(query[pool], keys[pool], torch.arange(len(pool)), KS)
         for pool in map(torch.from_numpy, pools)

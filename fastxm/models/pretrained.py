@@ -80,3 +80,15 @@ class Pretrained(nn.Module):
         if kind != cls.model_type:
             raise ValueError(f"{path} is of model type {kind!r}, not {cls.model_type!r}")
         return construct(cls.config_class, fields, str(path))
+
+
+def find_model(path: str | os.PathLike[str]) -> Path:
+    """The model's own directory, from that or its run's.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for folder in (Path(path) / "model", Path(path)):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise FileNotFoundError(f"no model in {path}: give a finished run's directory, or a model's")

@@ -66,12 +66,20 @@ class CrossModalAutoencoder(TextToImage):
         return self.image.decoder
 
     @property
+    def image_size(self) -> int:
+        return self.config.image.image_size
+
+    @property
     def noise_width(self) -> int:
         return self.config.image.z_dim
 
     @property
     def text_encoder(self) -> Any:
         return self.text
+
+    def attach(self, encoder: Any) -> None:
+        """Takes over another model's autoencoder of captions, a copy of ours."""
+        self.text.load_state_dict(encoder.state_dict())
 
     def encode(self, captions: list[str], batch_size: int) -> list[Tensor]:
         """The codes of pictures [B, D] that B captions are mapped to."""

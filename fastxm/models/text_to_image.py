@@ -24,6 +24,11 @@ class TextToImage(Pretrained):
 
     @property
     @abstractmethod
+    def image_size(self) -> int:
+        """S, the side of the pictures."""
+
+    @property
+    @abstractmethod
     def noise_width(self) -> int:
         """Random numbers of a picture."""
 
@@ -31,6 +36,10 @@ class TextToImage(Pretrained):
     @abstractmethod
     def text_encoder(self) -> Any:
         """What encodes captions: encoder(captions) has words, sentence and lengths."""
+
+    @abstractmethod
+    def attach(self, encoder: Any) -> None:
+        """Uses this text encoder."""
 
     @property
     def device(self) -> torch.device:

@@ -22,10 +22,13 @@ class Conv2d(nn.Conv2d):
             Four nearest neighbours are one input, so that is one transposed convolution of stride 2
             with summed kernels: 4 products for 9, the same numbers. It is used from 8 x 8 inputs
             on; below, the many channels of few pixels make it slower.
+        bias: add one.
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, *, up: str = "") -> None:
-        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, *, up: str = "", bias: bool = True
+    ) -> None:
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
         self.up = up
 
     def reset_parameters(self) -> None:

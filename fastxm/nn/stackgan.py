@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastxm.nn.blocks import Conv2d
+
 
 def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
     """A convolution that keeps the size."""
@@ -24,7 +26,8 @@ def gated(c_in: int, c_out: int) -> nn.Sequential:
 
 def gated_up(c_in: int, c_out: int) -> nn.Sequential:
     """[B, c_in, H, W] -> [B, c_out, 2 H, 2 W]."""
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), *gated(c_in, c_out))
+    doubling = Conv2d(c_in, 2 * c_out, 3, up="nearest", bias=False)
+    return nn.Sequential(doubling, nn.BatchNorm2d(2 * c_out), nn.GLU(1))
 
 
 class GatedResidual(nn.Module):

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fastxm.data import CaptionedImages
-
 
 class Draws:
     """Endless numbers of rows, each drawn by its weight and put back; the state is a generator's.
@@ -47,17 +45,3 @@ class Draws:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
-
-
-def captions_alone(dataset: CaptionedImages) -> tuple[list[str], np.ndarray]:
-    """The captions of a data set without their pictures, sorted, each once.
-
-    Returns:
-        N captions; and weights [N], as often as each is a caption of a picture that is drawn.
-    """
-    weights: dict[str, list[float]] = {}
-    for captions, weight in zip(dataset.captions, dataset.weights):
-        for caption in captions:
-            weights.setdefault(caption, []).append(weight / len(captions))
-    texts = sorted(weights)
-    return texts, np.array([sum(sorted(weights[text])) for text in texts])

@@ -34,7 +34,7 @@ class GANRecipe(Recipe):
 
     batches: CaptionedBatches
     model: Any  # a TextToImage
-    unbound = ("loop", "device", "compile")
+    unbound: tuple[str, ...] = ("loop", "device", "compile")
 
     def __init__(self, config: Any):
         self.config = config

@@ -1,7 +1,8 @@
 """What a run leaves to be seen: a progress bar, metrics.jsonl, TensorBoard events, sample grids.
 
 metrics.jsonl holds what training computed and nothing of the clock, so that a resumed run writes
-the same file as one never stopped; speed goes to timing.jsonl.
+the same file as one never stopped; speed goes to timing.jsonl, figures of held-out data to
+held_out.jsonl.
 """
 
 import json
@@ -30,6 +31,7 @@ class RunLog:
         self.console = console or Console(stderr=True)
         truncate(out / "metrics.jsonl", step)
         truncate(out / "timing.jsonl", step)
+        truncate(out / "held_out.jsonl", step)
         self.metrics_file = open(out / "metrics.jsonl", "a")  # noqa: SIM115
         self.timing_file = open(out / "timing.jsonl", "a")  # noqa: SIM115
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
@@ -78,6 +80,17 @@ class RunLog:
         self.bar.update(self.task, text=text)
         if not self.console.is_terminal:
             self.console.print(f"step {step}  {seconds:.0f} s  {text}", soft_wrap=True)
+
+    def held_out(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line of figures of held-out data."""
+        path = self.out / "held_out.jsonl"
+        truncate(path, step - 1)  # a run taken up where it ended draws and judges again
+        with open(path, "a") as file:
+            print(json.dumps({"step": step, **values}), file=file)
+        for name, value in values.items():
+            self.board.add_scalar(f"held out/{name}", value, step)
+        text = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+        self.console.print(f"step {step}  held out: {text}", soft_wrap=True)
 
     def samples(self, step: int, images: Tensor, captions: list[str]) -> Path:
         """Writes samples/<step>.png and returns its path."""

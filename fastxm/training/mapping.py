@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fastxm.data import CaptionedImages, open_dataset
+from fastxm.data import open_dataset
 from fastxm.data.cache import file_digest
-from fastxm.data.image_features import image_features
 from fastxm.data.subsets import principal
+from fastxm.models.codes import Codes
 from fastxm.models.image_autoencoder import ImageAutoencoder
 from fastxm.models.selfsup import CrossModalAutoencoder, CrossModalConfig, Family
 from fastxm.models.text_autoencoder import TextAutoencoder
-from fastxm.nn.stackgan import draw
 from fastxm.ops import info_nce, mmd2
 from fastxm.ops.mmd import RBF
-from fastxm.training.draws import Draws, captions_alone
+from fastxm.training.draws import Draws
 from fastxm.training.mappers import MAPPERS, Mapper
 from fastxm.training.precision import pick_device, seed_all
 from fastxm.training.recipe import Recipe, Samples, State
@@ -82,32 +81,6 @@ class MappingTraining:
         return f"mapping-{family}{anchored}"
 
 
-@dataclass(frozen=True)
-class Codes:
-    """Frozen codes of a data set: of its pictures, and of its captions without their pictures.
-
-    mean, log_variance: [N, D], of the pictures' Gaussians. text: [M, E], of the captions, sorted.
-    image_weight, text_weight: [N] and [M], how often each is drawn.
-    """
-
-    mean: Tensor
-    log_variance: Tensor
-    text: Tensor
-    image_weight: np.ndarray
-    text_weight: np.ndarray
-
-    @classmethod
-    @torch.no_grad()
-    def of(
-        cls, dataset: CaptionedImages, image: ImageAutoencoder, text: TextAutoencoder
-    ) -> "Codes":
-        """The codes of the pictures and of the captions of a data set."""
-        features = image_features(dataset, image.image_encoder)
-        mean, log_variance = image.encoder(features.to(image.device))
-        captions, weight = captions_alone(dataset)
-        return cls(mean, log_variance, text.embed(captions), dataset.weights, weight)
-
-
 class CodeDraws:
     """Batches of codes of pictures and, apart from them, of captions; a step takes what it needs.
 
@@ -128,7 +101,7 @@ class CodeDraws:
         rows = next(self.images)
         if not self.stochastic:
             return self.codes.mean[rows]
-        return draw(self.codes.mean[rows], self.codes.log_variance[rows])
+        return self.codes.image(rows)
 
     def text(self) -> Tensor:
         """The next codes of captions, [B, E]."""

@@ -90,6 +90,10 @@ class Recipe(ABC):
         """The same captions from the same noise at every call; None where nothing is drawn."""
         return None
 
+    def held_out(self) -> dict[str, float]:
+        """Figures of data that is held out, taken as often as a sample; {} where there are none."""
+        return {}
+
     def state_dict(self) -> State:
         players = {name: player.state_dict() for name, player in self.players.items()}
         return {"players": players, "batches": self.batches.state_dict()}

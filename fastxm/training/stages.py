@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastxm.training import checkpoint
 from fastxm.training.recipe import Recipe
-from fastxm.training.trainer import LoopConfig, Run, train
+from fastxm.training.trainer import LoopConfig, Run, is_fresh, train
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,20 @@ class Stage:
     loop: LoopConfig
 
 
+def check(stages: Sequence[Stage], out: Path, *, resume: bool) -> None:
+    """Raises ValueError where stages have begun in `out` that cannot go on as `train_stages` asks.
+
+    Args:
+        stages, out, resume: as of `train_stages`.
+    """
+    for stage in stages:
+        begun = checkpoint.steps(out / stage.name / "checkpoints")
+        if not resume:
+            is_fresh(out / stage.name)
+        elif begun:
+            checkpoint.check(begun[-1], stage.recipe().identity())
+
+
 def train_stages(stages: Sequence[Stage], out: Path, *, resume: bool = False) -> list[Run]:
     """Trains stages in order; with `resume` one that is done is left as it is, others go on.
 
@@ -38,15 +52,7 @@ def train_stages(stages: Sequence[Stage], out: Path, *, resume: bool = False) ->
     Raises:
         ValueError: a stage that has begun has another configuration, or there is a run already.
     """
-    for stage in stages:
-        folder = out / stage.name
-        begun = checkpoint.steps(folder / "checkpoints")
-        if begun and not resume:
-            raise ValueError(
-                f"{out} already holds a run: add --resume to go on, or choose another --out"
-            )
-        if begun:
-            checkpoint.check(begun[-1], stage.recipe().identity())
+    check(stages, out, resume=resume)
     runs = []
     for stage in stages:
         runs.append(train(stage.recipe(), out / stage.name, stage.loop, resume=resume))

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fastxm.data import CaptionedImages, open_dataset
+from fastxm.data.subsets import captions_alone
 from fastxm.data.vocabulary import Vocabulary
 from fastxm.data.word_vectors import word_vectors
 from fastxm.models.text_autoencoder import TextAutoencoder, TextAutoencoderConfig, text_loss
-from fastxm.training.draws import Draws, captions_alone
+from fastxm.training.draws import Draws
 from fastxm.training.precision import pick_device, seed_all
 from fastxm.training.recipe import Player, Recipe
 from fastxm.training.trainer import LoopConfig

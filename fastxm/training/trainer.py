@@ -110,12 +110,10 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         ValueError: `out` holds a run and `resume` is false, or the checkpoint is another system's.
         NonFiniteLoss: training diverged.
     """
+    if not resume:
+        is_fresh(out)
     kept = checkpoint.steps(out / "checkpoints")
     last = kept[-1] if kept else None
-    if not resume and (last or (out / "metrics.jsonl").exists()):
-        raise ValueError(
-            f"{out} already holds a run: add --resume to go on, or choose another --out"
-        )
     if last:
         checkpoint.check(last, recipe.identity())
     if recipe.device.type == "cpu":
@@ -128,6 +126,14 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         while not run.finished() and not stopped:
             run.step()
         return run.close(bool(stopped))
+
+
+def is_fresh(out: Path) -> None:
+    """Raises ValueError where a directory holds a run."""
+    if checkpoint.steps(out / "checkpoints") or (out / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{out} already holds a run: add --resume to go on, or choose another --out"
+        )
 
 
 class Loop:
@@ -193,7 +199,9 @@ class Loop:
         samples = self.recipe.sample()
         if samples is not None:
             self.grid = self.log.samples(self.at.step, samples.images, samples.captions)
-            self.grid_at = self.at.step
+        if figures := self.recipe.held_out():
+            self.log.held_out(self.at.step, figures)
+        self.grid_at = self.at.step
 
     def save(self) -> None:
         self.checked_means()

@@ -12,6 +12,7 @@ from PIL import Image
 
 import fastxm
 from fastxm import cli
+from fastxm.cli import evaluation as evaluation_command
 from fastxm.training import config as configs
 from fastxm.training.xmcgan import XMCGANTraining
 
@@ -127,7 +128,7 @@ def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
     assert on["processor"]
     assert report == figures
     shutil.copytree(run / "model", out.parent / "model")
-    assert cli.steps(out.parent) is None
+    assert evaluation_command.steps(out.parent) is None
     missing = str(tmp_path / "absent")
     assert "no model in" in refused(capsys, "evaluate", *flags, "--dual-encoder", missing)
 
@@ -205,15 +206,16 @@ def test_bench_runs_a_script_and_returns_its_code(tmp_path, monkeypatch, capsys)
 
 def test_demo_is_prepare_train_sample_and_goes_on(tmp_path, monkeypatch):
     called = []
-    for name in ("prepare", "train_xmcgan", "sample"):
-        monkeypatch.setattr(cli, name, lambda flags, name=name: called.append((name, flags)))
+    for name in ("prepare", "train_system", "sample"):
+        monkeypatch.setattr(cli, name, lambda *flags, name=name: called.append((name, *flags)))
     assert cli.main(["demo", "--out", str(tmp_path), "--minutes", "2"]) == 0
-    assert [name for name, _ in called] == ["prepare", "train_xmcgan", "sample"]
-    train = called[1][1]
+    assert [name for name, *_ in called] == ["prepare", "train_system", "sample"]
+    assert called[1][1] == "xmcgan"
+    train = called[1][2]
     assert train == ["--preset", "cpu-demo", "--out", str(tmp_path), "--max-minutes", "2.0"]
     (tmp_path / "config.yaml").touch()
     assert cli.main(["demo", "--out", str(tmp_path)]) == 0
-    assert called[4][1][-1] == "--resume"
+    assert called[4][2][-1] == "--resume"
 
 
 def test_every_preset_is_a_configuration():

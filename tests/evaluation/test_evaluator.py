@@ -17,7 +17,7 @@ SIZE = 8
 
 @dataclass
 class Config:
-    image_size: int = SIZE
+    pass
 
 
 class Moments(torch.nn.Module):
@@ -35,7 +35,7 @@ class Moments(torch.nn.Module):
 class Recalling(torch.nn.Module):
     """A perfect generator, which knows the picture of every caption; untrained it knows none."""
 
-    text_encoder = object()
+    text_encoder, image_size = object(), SIZE
 
     def __init__(self, config, pictures=None):
         super().__init__()

@@ -67,6 +67,13 @@ def test_a_gate_is_half_times_the_sigmoid_of_the_other_half():
     torch.testing.assert_close(block(x), both[:, :4] * both[:, 4:].sigmoid())
 
 
+def test_doubling_convolves_what_nearest_neighbours_make():
+    block, x = gated_up(3, 4), torch.randn(2, 3, 8, 8)
+    doubled = F.conv2d(F.interpolate(x, scale_factor=2.0), block[0].weight, padding=1)
+    both = F.batch_norm(doubled, None, None, training=True)
+    torch.testing.assert_close(block(x), both[:, :4] * both[:, 4:].sigmoid())
+
+
 def test_augmentation_draws_the_gaussian_that_it_names():
     mean, log_variance = torch.randn(1, 6), torch.randn(1, 6)
     drawn = draw(mean.expand(200_000, 6), log_variance.expand(200_000, 6))
@@ -84,7 +91,7 @@ def test_augmentation_is_a_gated_linear_map():
 def test_initialisation_is_orthogonal():
     network = gated_up(8, 2)
     orthogonal_(network)
-    rows = network[1].weight.flatten(1)
+    rows = network[0].weight.flatten(1)
     torch.testing.assert_close(rows @ rows.T, torch.eye(4))
 
 
