@@ -13,6 +13,10 @@ HOMES = {
     "XMCGANConfig": "fastxm.models.xmcgan",
     "CrossModalAutoencoder": "fastxm.models.selfsup",
     "CrossModalConfig": "fastxm.models.selfsup",
+    "MirrorGAN": "fastxm.models.mirrorgan",
+    "MirrorGANConfig": "fastxm.models.mirrorgan",
+    "DAMSM": "fastxm.encoders.damsm",
+    "STREAM": "fastxm.models.stream",
     "DualEncoder": "fastxm.encoders.dual",
 }
 MODULES = ("data", "encoders", "evaluation", "losses", "models", "nn", "ops", "training")

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from fastxm.models.text_to_image import TextToImage
 
 
-MODELS = {"xmcgan": "XMCGAN", "selfsup": "CrossModalAutoencoder"}
+MODELS = {
+    "xmcgan": "XMCGAN",
+    "mirrorgan": "MirrorGAN",
+    "selfsup": "CrossModalAutoencoder",
+}
 
 
 def load(path: Path, device: str) -> "TextToImage":
@@ -52,7 +56,8 @@ def evaluate(arguments: list[str]) -> None:
     ) -> None:
         """Measure a model: EffLite0-FD against pictures, and whether pictures find their captions.
 
-        Of a self-supervised run also its autoencoders, its maps and its captions.
+        Of MirrorGAN also R-precision by its DAMSM, and what its captioner says of its pictures;
+        of a self-supervised run its autoencoders, its maps and its captions.
 
         Args:
             model: a run's directory, or a model's.
@@ -76,10 +81,15 @@ def evaluate(arguments: list[str]) -> None:
         judge = judge.to(generator.device)
         found = evaluation.evaluate(generator, judge, data, num_images=num_images, seed=seed)
         show(found)
-        if generator.model_type == "selfsup":
+        told: dict[str, Any] = {}
+        if generator.model_type == "mirrorgan":
+            told = evaluation.evaluate_redescription(
+                generator, data, num_images=num_images, seed=seed
+            )
+        elif generator.model_type == "selfsup":
             told = evaluation.evaluate_selfsup(model, data, seed=seed, device=device)
-            show_tables(told)
-            found |= told
+        show_tables(told)
+        found |= told
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             asked = {"data": data, "num_images": num_images, "seed": seed}

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 # recipe, its configuration, and the preset that flags override
 SYSTEMS = {
     "xmcgan": ("XMCGANRecipe", "XMCGANTraining", "emoji-64"),
+    "mirrorgan": ("MirrorGANRecipe", "MirrorGANTraining", "cpu-demo"),
+    "damsm": ("DAMSMRecipe", "DAMSMTraining", "cpu-demo"),
+    "stream": ("STREAMRecipe", "STREAMTraining", "cpu-demo"),
     "selfsup": ("", "SelfSupTraining", "cpu-demo"),
 }
+STAGES = ("damsm", "stream")  # of MirrorGAN, before its own
 
 
 def train(arguments: list[str]) -> None:
-    """Train a system: xmcgan, selfsup or dual-encoder."""
+    """Train a system: xmcgan, mirrorgan (or its stage damsm or stream), selfsup, dual-encoder."""
     systems = [*SYSTEMS, "dual-encoder"]
     if not arguments or arguments[0] in ("-h", "--help"):
         say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {', '.join(systems)}")
@@ -64,7 +68,10 @@ def train_system(system: str, arguments: list[str]) -> "Run":
     default = Arguments(configs.construct(training, values, where), preset, out)
     flat = (tyro.conf.OmitArgPrefixes,)
     asked = parse(Arguments, f"train {system}", arguments, default=default, config=flat)
-    run = loop(recipe(asked.config), asked.out, asked.config.loop, resume=asked.resume)
+    config, halted = asked.config, None
+    if system == "mirrorgan":
+        config, halted = after_stages(config, asked.out, asked.resume)
+    run = halted or loop(recipe(config), asked.out, config.loop, resume=asked.resume)
     finish(run, asked.out)
     return run
 
@@ -93,6 +100,52 @@ def base(system: str, arguments: list[str]) -> tuple[dict[str, Any], str, Path, 
     if known.resume and not known.preset:
         return configs.read(out / "config.yaml", system), preset, out, str(out / "config.yaml")
     return values, preset, out, where
+
+
+def after_stages(config: Any, out: Path, resume: bool) -> tuple[Any, "Run | None"]:
+    """Trains the stages of MirrorGAN that no run is given of, each in a directory inside `out`.
+
+    A stage that was stopped goes on, one that has ended is used as it is.
+
+    Returns:
+        the configuration with the stages' runs; and the stage's run that a signal ended, if any.
+    """
+    from fastxm.training.trainer import is_fresh
+
+    if not resume:
+        is_fresh(out)
+    if not (out / "config.yaml").exists():
+        configs.write(out / "config.yaml", "mirrorgan", config)  # to resume from, in any stage
+    for stage in STAGES:
+        if getattr(config, stage):
+            continue
+        recipe, training = classes(stage)
+        folder = out / stage
+        values, where = configs.preset(stage, config.stages), f"preset {config.stages}"
+        if (folder / "config.yaml").exists():
+            where = str(folder / "config.yaml")
+            values = configs.read(folder / "config.yaml", stage)
+        asked = {"data": config.data, "device": config.device}
+        size = config.model.image_size
+        made = configs.construct(training, {**values, **asked, "image_size": size}, where)
+        if ended(folder, made.loop):
+            say(f"{stage}: {folder} has ended, and is used as it is")
+        else:
+            say(f"{stage}: training in {folder}")
+            run = loop(recipe(made), folder, made.loop, resume=True)
+            if run.interrupted:
+                return config, run
+        config = dataclasses.replace(config, **{stage: str(folder)})
+    return config, None
+
+
+def ended(folder: Path, loop: Any) -> bool:
+    """Whether a run has done all its steps and left its model."""
+    from fastxm.training import checkpoint
+
+    kept = checkpoint.steps(folder / "checkpoints")
+    steps = int(kept[-1].name.removeprefix(checkpoint.PREFIX)) if kept else 0
+    return steps >= loop.steps and (folder / "model" / "config.json").is_file()
 
 
 def train_selfsup(arguments: list[str]) -> "list[Run]":

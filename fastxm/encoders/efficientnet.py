@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastxm.encoders.frozen import Frozen
+from fastxm.encoders.frozen import FrozenImages
 
 # (kernel, stride, expansion, channels, repeats)
 STAGES = [(3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),
@@ -59,7 +59,7 @@ class Block(nn.Module):
         return x + y if self.residual else y
 
 
-class EfficientNetLite0(Frozen):
+class EfficientNetLite0(FrozenImages):
     """Pooled features, feature maps and ImageNet logits of pictures, differentiable to them.
 
     Args:
@@ -106,13 +106,7 @@ class EfficientNetLite0(Frozen):
         Returns:
             five tensors [B, channels[i], S / 2^(i+1), S / 2^(i+1)], S the resized side.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"images are floats [B, 3, H, W] in [0, 1], not {images.dtype} {images.shape}"
-            )
-        size = self.image_size
-        if size is not None and images.shape[-2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        images = self.resized(images)
         x = ((images * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)
         x = F.relu6(self.stem(x))
         maps = []
@@ -126,22 +120,9 @@ class EfficientNetLite0(Frozen):
         """[B, 1280], from what `features` returned."""
         return F.relu6(self.head(features[-1])).mean((2, 3))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Pooled features [B, 1280] of images [B, 3, H, W] in [0, 1]."""
-        return self.pool(self.features(images))
-
     def logits(self, images: Tensor) -> Tensor:
         """ImageNet logits [B, 1000] of images [B, 3, H, W] in [0, 1]."""
         return self.classifier(self(images))
-
-    @torch.no_grad()
-    def embed(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
-        """Pooled features [N, 1280] of many images [N, 3, H, W] in [0, 1], a few at a time."""
-        device = self.classifier.weight.device
-        # at 16 pictures the maps stay in a CPU's cache: twice the speed of 64
-        batch_size = batch_size or (16 if device.type == "cpu" else 256)
-        parts = [self(part.to(device)) for part in images.split(batch_size)]
-        return torch.cat(parts) if len(images) else images.new_zeros(0, self.width)
 
 
 class EfficientNetLite0Layout(EfficientNetLite0):
@@ -159,14 +140,13 @@ class EfficientNetLite0Layout(EfficientNetLite0):
         super().__init__(weights, image_size=image_size)
         self.name = self.name.replace("lite0-", "lite0-layout-", 1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features [B, 1920] of images [B, 3, H, W] in [0, 1]."""
-        maps = self.features(images)
-        layout = F.adaptive_avg_pool2d(maps[2], self.grid).flatten(1)
-        return torch.cat([self.pool(maps), layout], 1)
+    def pool(self, features: Sequence[Tensor]) -> Tensor:
+        """[B, 1920], from what `features` returned."""
+        layout = F.adaptive_avg_pool2d(features[2], self.grid).flatten(1)
+        return torch.cat([super().pool(features), layout], 1)
 
     def logits(self, images: Tensor) -> Tensor:
-        return self.classifier(self.pool(self.features(images)))
+        return self.classifier(super().pool(self.features(images)))
 
 
 def blocks() -> Iterator[Block]:

@@ -134,3 +134,27 @@ def retrieval_rank(query: Tensor, keys: Tensor, truth: Tensor) -> Tensor:
     best = scores.masked_fill(~truth, -torch.inf).amax(1, keepdim=True)
     # cosines of equal rows may differ in their last bits
     return ((scores >= best - 1e-9) & ~truth).sum(1)
+
+
+def class_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+    """exp of the mean divergence of each picture's classes from those of all: sure and varied.
+
+    Args:
+        logits: [N, K], of a classifier; Inception's are the Inception score (Salimans et al. 2016).
+        splits: parts of equal size that are scored alone; what is left over is left out.
+
+    Returns:
+        mean and spread (unbiased) over the parts.
+
+    Raises:
+        ValueError: fewer than 2 parts, or fewer rows than parts.
+    """
+    if splits < 2 or len(logits) < splits:
+        raise ValueError(f"a score needs 2 parts or more of a row or more, not {len(logits)} rows")
+    log_p = logits.double().log_softmax(1)
+    parts = log_p[: len(logits) // splits * splits].unflatten(0, (splits, -1))
+    mean = parts.exp().mean(1, keepdim=True)
+    # a class that no picture is of adds nothing
+    divergence = (parts.exp() * (parts - mean.clamp(min=1e-300).log())).sum(2).mean(1)
+    scores = divergence.exp()
+    return scores.mean().item(), scores.std().item()

@@ -1,26 +1,37 @@
 """Batches of pictures and text features on the training device."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastxm.data import BatchSampler, CaptionedImages, TextFeatures
+from fastxm.data import BatchSampler, CaptionedImages
 from fastxm.data.transforms import random_flip
 
 Batch = dict[str, Any]
 
 
+class CaptionTable(Protocol):
+    """What is known of every caption, such as `TextFeatures` and `Tokens`."""
+
+    def row(self, image: Any, caption: Any, /) -> Any:
+        """Rows of captions number `caption` of pictures number `image`."""
+
+    def batch(self, rows: Any, /) -> dict[str, Tensor]:
+        """Of these rows, tensors [B, ...]."""
+
+
 class CaptionedBatches:
     """Endless batches of a data set; the sampler's position is the state.
 
-    A batch holds image [B, 3, S, S] in [0, 1], words [B, T, E], sentence [B, E], lengths [B],
-    index [B] and caption, a list of B texts.
+    A batch holds image [B, 3, S, S] in [0, 1], index [B] and caption, a list of B texts; of
+    `TextFeatures` words [B, T, E], sentence [B, E] and lengths [B], of `Tokens` tokens [B, T] and
+    lengths [B].
 
     Args:
         dataset: pictures and captions.
-        features: text features of every caption.
+        features: what is known of every caption.
         batch_size: B.
         seed: of the sampler.
         flip: mirrors half of the pictures.
@@ -30,7 +41,7 @@ class CaptionedBatches:
     def __init__(
         self,
         dataset: CaptionedImages,
-        features: TextFeatures,
+        features: CaptionTable,
         batch_size: int,
         *,
         seed: int = 0,

@@ -1,0 +1,278 @@
+"""MirrorGAN's training: every discriminator, then the generator on the same pictures.
+
+    L_Di = (real + real beside its text) / 2
+         + (fake + fake beside its text + real beside another) / 3
+    L_G  = sum_i (fake_i + fake_i beside its text) + stream_weight surprise + KL
+         + damsm_weight (word + sentence)
+
+Each term of L_Di is a binary cross entropy; the sum is over the three sizes; surprise is
+STREAM's at the caption, given the last picture, a mean over its words and its end. The text encoder
+and the captioner were trained before and stay as they are. Another text is of another concept.
+(T. Qiao et al. MirrorGAN, CVPR 2019, section 3.4, with the factors of the released code; the DAMSM
+term is AttnGAN's, weight 0 in MirrorGAN.)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastxm import losses
+from fastxm.data import CaptionedImages
+from fastxm.data.transforms import augment
+from fastxm.data.vocabulary import Tokens, Vocabulary
+from fastxm.encoders.damsm import DAMSM
+from fastxm.encoders.frozen import fingerprint
+from fastxm.models.mirrorgan import Drawn, GLAMConfig, MirrorGAN, MirrorGANConfig
+from fastxm.models.pretrained import find_model
+from fastxm.models.stream import STREAM
+from fastxm.training.batches import Batch
+from fastxm.training.captions import concepts
+from fastxm.training.gan import GANRecipe, gradients
+from fastxm.training.precision import Precision, autocast, seed_all
+from fastxm.training.recipe import Samples, State
+from fastxm.training.trainer import LoopConfig
+
+
+@dataclass(frozen=True)
+class MirrorGANTraining:
+    """Everything that decides a training of MirrorGAN."""
+
+    model: GLAMConfig = field(default_factory=GLAMConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    data: str = "emoji"
+    """"emoji", or a folder of captioned pictures."""
+    stages: str = "cpu-demo"
+    """Preset of the stages before, `damsm` and `stream`, where no run of theirs is given."""
+    damsm: str = ""
+    """A run of `train damsm`; if not given, it is trained first, inside this run's directory."""
+    stream: str = ""
+    """A run of `train stream`; likewise."""
+    batch_size: int = 12
+    """Pictures in an update."""
+    lr_g: float = 2e-4
+    """Adam's step of the generator."""
+    lr_d: float = 2e-4
+    """Adam's step of the discriminators."""
+    d_warmup: int = 0
+    """Steps over which the discriminators' rises from 0 to lr_d, in proportion."""
+    beta1: float = 0.5
+    """Adam's decay of the mean."""
+    beta2: float = 0.999
+    """Adam's decay of the square."""
+    ema_decay: float = 0.999
+    """Decay of the generator's moving average."""
+    ema_ramp: bool = False
+    """Let the moving average forget its beginning faster."""
+    ema_statistics: Literal["live", "own"] = "live"
+    """Batch statistics beside the average: the live network's (the released code), or its own."""
+    stream_weight: float = 20.0
+    """Weight of the redescription loss, lambda: 20 in the paper, 10 in the released code."""
+    kl_weight: float = 1.0
+    """Weight of the augmented sentence's divergence from a standard normal distribution."""
+    damsm_weight: float = 0.0
+    """Weight of the word and sentence losses of DAMSM."""
+    augment: str = ""
+    """Of real and generated pictures: any of color,translation,cutout."""
+    flip: bool = False
+    """Mirror half of the real pictures."""
+    precision: Precision = "bf16"
+    """Arithmetic of convolutions and matrix products."""
+    compile: bool = False
+    """torch.compile the generator and each discriminator."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    seed: int = 0
+    """Of weights, noise, augmentation and the order of the data."""
+    samples: int = 32
+    """Captions in a sample grid, each drawn at three sizes."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr_g", "lr_d"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("d_warmup", "stream_weight", "kl_weight", "damsm_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+
+
+class MirrorGANRecipe(GANRecipe):
+    """MirrorGAN as the loop sees it.
+
+    Args:
+        config: of the training.
+    """
+
+    system = "mirrorgan"
+    model: MirrorGAN
+    unbound = ("loop", "device", "compile", "stages", "damsm", "stream")
+
+    def build(self) -> None:
+        config = self.config
+        seed_all(config.seed, self.device)
+        damsm = DAMSM.from_pretrained(find_model(config.damsm))
+        stream = STREAM.from_pretrained(find_model(config.stream))
+        whole = MirrorGANConfig(config.model, damsm.config, stream.config)
+        vocabulary, words = damsm.stem.vocabulary, damsm.config.stem.words
+        size = config.model.image_size
+        self.batches = self.open(size, lambda dataset: numbered(dataset, vocabulary, words))
+        self.labels = concepts(self.batches.dataset).to(self.device)
+        model = MirrorGAN(whole)
+        model.damsm.load_state_dict(damsm.state_dict())
+        model.stream.load_state_dict(stream.state_dict())
+        model.train().to(self.device)
+        for frozen in (model.damsm, model.stream):
+            frozen.eval().requires_grad_(False)
+        self.frozen = fingerprint(model.damsm) + fingerprint(model.stream)
+        self.players = {"generator": self.player(model.generator, config.lr_g)}
+        for side, network in zip(config.model.sizes, model.discriminators):
+            self.players[f"discriminator-{side}"] = self.player(network, config.lr_d)
+        self.average_from(model)
+        self.generator: Callable[..., Drawn] = model.generator
+        self.discriminators: list[Callable[..., list[Tensor]]] = list(model.discriminators)
+        if config.compile:
+            self.generator = torch.compile(model.generator, fullgraph=True)
+            self.discriminators = [torch.compile(d, fullgraph=True) for d in model.discriminators]
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        return tuple(self.model.damsm.stem(captions))
+
+    @torch.no_grad()
+    def text(self, batch: Batch) -> tuple[Tensor, ...]:
+        return tuple(self.model.damsm.stem.read(batch["tokens"], batch["lengths"]))
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        names = [name for name in self.players if name != "generator"]
+        self.warm_up(names)
+        text = self.text(batch)
+        noise = torch.randn(len(text[0]), self.model.noise_width, device=self.device)
+        with autocast(self.config.precision, self.device):
+            drawn = self.generator(noise, *text)
+        metrics = {}
+        for i, (name, real) in enumerate(zip(names, self.pyramid(batch["image"]))):
+            loss = self.discriminator_loss(i, real, drawn.images[i].detach(), text[1], batch)
+            parameters = list(self.players[name].network.parameters())
+            self.update({name: gradients(self.scaler.scale(loss), parameters)})
+            metrics[f"loss_d{self.config.model.sizes[i]}"] = loss
+        loss, parts = self.generator_loss(drawn, text, batch)
+        parameters = list(self.model.generator.parameters())
+        self.update({"generator": gradients(self.scaler.scale(loss), parameters)})
+        self.ema.update(self.model.generator)
+        metrics = {**metrics, "loss_g": loss, **parts}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Real pictures at the three sizes."""
+        resize = F.interpolate
+        return [
+            images
+            if side == images.shape[-1]
+            else resize(images, (side, side), mode="bilinear", antialias=True)
+            for side in self.config.model.sizes
+        ]
+
+    def judge_pictures(self, i: int, images: Tensor, *sentences: Tensor) -> list[Tensor]:
+        """Logits of pictures of size number i: alone, and beside each of the sentences."""
+        if self.config.augment:
+            images = augment(images, self.config.augment)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(self.config.precision, self.device):
+            return self.discriminators[i](images, *sentences)
+
+    def discriminator_loss(
+        self, i: int, real: Tensor, fake: Tensor, sentence: Tensor, batch: Batch
+    ) -> Tensor:
+        """Of the discriminator of size number i."""
+        labels = self.labels[batch["index"]]
+        # a batch draws a concept once, unless the data has fewer concepts than it has places
+        other = labels != labels.roll(1)
+        alone, matched, mismatched = self.judge_pictures(i, real, sentence, sentence.roll(1, 0))
+        of_fake = self.judge_pictures(i, fake, sentence)
+        right = losses.bce(alone, True) + losses.bce(matched, True)
+        wrong = sum(losses.bce(logits, False) for logits in of_fake)
+        wrong = wrong + losses.bce(mismatched, False, where=other)
+        return right / 2 + wrong / 3
+
+    def generator_loss(
+        self, drawn: Drawn, text: tuple[Tensor, ...], batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The generator's loss, and its parts before their weights."""
+        config = self.config
+        gan = torch.zeros((), device=self.device)
+        for i, images in enumerate(drawn.images):
+            logits = self.judge_pictures(i, images, text[1])
+            gan = gan + sum(losses.bce(logit, True) for logit in logits)
+        parts = {"gan": gan, "kl": losses.kl_normal(drawn.mean, drawn.log_var)}
+        loss = gan + config.kl_weight * parts["kl"]
+        if config.stream_weight or config.damsm_weight:
+            of_text = self.text_losses(drawn.images[-1], text, batch)
+            parts |= of_text
+            loss = loss + config.stream_weight * of_text.get("stream", 0.0)
+            matching = of_text.get("word", 0.0) + of_text.get("sentence", 0.0)
+            loss = loss + config.damsm_weight * matching
+        return loss, parts
+
+    def text_losses(
+        self, images: Tensor, text: tuple[Tensor, ...], batch: Batch
+    ) -> dict[str, Tensor]:
+        """How well the pictures tell their captions; of one look, where both see the same."""
+        config, damsm, stream = self.config, self.model.damsm, self.model.stream
+        parts = {}
+        with autocast(config.precision, self.device):
+            same = damsm.image_encoder.name == stream.image_encoder.name
+            if config.damsm_weight or same:
+                regions, whole = damsm.look(images)
+            seen = whole if same else stream.image_encoder(images)
+        if config.stream_weight:
+            parts["stream"] = stream.loss(seen.float(), batch["tokens"], batch["lengths"])
+        if config.damsm_weight:
+            words, sentence, lengths = text
+            regions, image = damsm.project(regions.float(), whole.float())
+            labels = self.labels[batch["index"]]
+            found = losses.damsm_loss(regions, words, lengths, image, sentence, labels=labels)
+            parts["word"], parts["sentence"] = found
+        return parts
+
+    def sample(self) -> Samples:
+        """The three pictures of each caption side by side, enlarged to the last one's size."""
+        size = self.config.model.image_size
+        sheets = [
+            torch.cat([F.interpolate(x.float(), (size, size)) for x in drawn.images], 3)
+            for drawn in self.draw()
+        ]
+        return Samples(torch.cat(sheets), self.captions)
+
+    def state_dict(self) -> State:
+        return {**super().state_dict(), "frozen": self.frozen}
+
+    def load_state_dict(self, state: State) -> None:
+        if state["frozen"] != self.frozen:
+            raise ValueError(
+                "the checkpoint was trained with other weights of damsm or stream "
+                f"({state['frozen']}, now {self.frozen}): give the runs that it began with"
+            )
+        super().load_state_dict(state)
+
+
+def numbered(dataset: CaptionedImages, vocabulary: Vocabulary, words: int) -> Tokens:
+    """The captions in a vocabulary that knows most of their words.
+
+    Raises:
+        ValueError: it does not.
+    """
+    texts = (caption for captions in dataset.captions for caption in captions)
+    theirs = set(Vocabulary.of(texts).words)
+    known = len(theirs & set(vocabulary.words))
+    if 2 * known < len(theirs):
+        raise ValueError(
+            f"damsm and stream know {known} of the {len(theirs)} words of {dataset.name}: train "
+            "them on the same data"
+        )
+    return Tokens(dataset, vocabulary, words)

@@ -1,0 +1,62 @@
+"""STREAM's training: each word of a caption from the picture and the words before it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxm.data.image_features import image_features
+from fastxm.data.vocabulary import split_words
+from fastxm.evaluation.text import bleu, perplexity
+from fastxm.models.stream import STREAM, STREAMConfig
+from fastxm.training.batches import Batch
+from fastxm.training.captions import CaptionRecipe, CaptionTraining, chosen, with_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class STREAMTraining(CaptionTraining):
+    """Everything that decides a training of STREAM."""
+
+    model: STREAMConfig = field(default_factory=STREAMConfig)
+    batch_size: int = 128
+    """Pairs in an update."""
+    lr: float = 1e-3
+    """Adam's first step."""
+
+
+class STREAMRecipe(CaptionRecipe):
+    """STREAM as the loop sees it."""
+
+    system = "stream"
+    model: STREAM
+    config: STREAMTraining
+
+    def make(self, vocabulary: tuple[str, ...]) -> STREAM:
+        return STREAM(with_words(self.config.model, vocabulary))
+
+    def eye(self) -> Any:
+        return self.model.image_encoder
+
+    def losses(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.model.loss(features, batch["tokens"], batch["lengths"])}
+
+    @torch.no_grad()
+    def held_out(self) -> dict[str, float]:
+        """Perplexity of the first captions of held-out pictures, and BLEU-1 of what it writes."""
+        if len(self.held) == 0:
+            return {}
+        held = chosen(self.held)
+        whole = image_features(held, self.eye()).to(self.device)
+        tokens, lengths = self.vocabulary.encode(
+            [c[0] for c in held.captions], self.config.model.words
+        )
+        self.model.eval()
+        nll = self.model.nll(whole, tokens.to(self.device), lengths.to(self.device))
+        written = self.vocabulary.decode(self.model.search(whole, 1, 20))
+        self.model.train()
+        references = [[split_words(c) for c in captions] for captions in held.captions]
+        return {
+            "perplexity": perplexity(nll, lengths),
+            "BLEU-1": bleu([text.split() for text in written], references, 1),
+        }

@@ -1,0 +1,250 @@
+"""MirrorGAN's stages and its update, against one written out here; resuming; other vocabularies."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from eye import Eye
+from torch.nn import functional as F
+
+import fastxm.encoders
+from fastxm import DAMSM, STREAM, MirrorGAN
+from fastxm.encoders.damsm import DAMSMConfig
+from fastxm.encoders.stem import STEMConfig
+from fastxm.models.mirrorgan import GLAMConfig
+from fastxm.models.stream import STREAMConfig
+from fastxm.training.captions import hide
+from fastxm.training.damsm import DAMSMRecipe, DAMSMTraining
+from fastxm.training.mirrorgan import MirrorGANRecipe, MirrorGANTraining
+from fastxm.training.stream import STREAMRecipe, STREAMTraining
+from fastxm.training.trainer import LoopConfig, train
+
+LOOP = LoopConfig(steps=2, log_every=1, sample_every=2, checkpoint_every=1)
+
+
+@pytest.fixture(autouse=True)
+def eye(monkeypatch):
+    monkeypatch.setattr(fastxm.encoders, "image_encoder", lambda *_, **__: Eye())
+
+
+def damsm(folder, **fields) -> DAMSMRecipe:
+    model = DAMSMConfig(STEMConfig(words=5, embedding=4, width=6), region_width=3, image_width=12)
+    plain = {"data": str(folder), "image_size": 64, "batch_size": 4, "device": "cpu", "loop": LOOP}
+    return DAMSMRecipe(DAMSMTraining(model=model, **{**plain, **fields}))
+
+
+def stream(folder, **fields) -> STREAMRecipe:
+    model = STREAMConfig(words=5, embedding=4, hidden=6, image_width=12)
+    plain = {"data": str(folder), "image_size": 64, "batch_size": 4, "device": "cpu", "loop": LOOP}
+    return STREAMRecipe(STREAMTraining(model=model, **{**plain, **fields}))
+
+
+@pytest.fixture
+def stages(folder, tmp_path):
+    """Finished runs of both stages."""
+    for name, make in (("damsm", damsm), ("stream", stream)):
+        made = make(folder)
+        train(made, tmp_path / name, made.config.loop)
+    return {name: str(tmp_path / name) for name in ("damsm", "stream")}
+
+
+def recipe(folder, stages, **fields) -> MirrorGANRecipe:
+    model = GLAMConfig(image_size=64, gf=2, df=2, z_dim=4, cond_dim=4, blocks=1)
+    plain = {"batch_size": 4, "precision": "fp32", "samples": 3, "device": "cpu", "loop": LOOP}
+    return MirrorGANRecipe(
+        MirrorGANTraining(model=model, data=str(folder), **{**plain, **stages, **fields})
+    )
+
+
+@pytest.mark.parametrize("make", [damsm, stream])
+def test_a_stage_learns_and_leaves_its_model(folder, tmp_path, make):
+    loop = LoopConfig(steps=60, log_every=20, sample_every=60, checkpoint_every=60)
+    made = make(folder, lr=0.02, loop=loop, unknown=0.1)
+    made.build()
+    batches = iter(made.batches)
+    losses = [made.step(next(batches))["loss"].item() for _ in range(60)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    figures = made.held_out()
+    assert all(torch.tensor(value).isfinite() for value in figures.values())
+    made.export(tmp_path)
+    kind = {"damsm": DAMSM, "stream": STREAM}[made.system]
+    again = kind.from_pretrained(tmp_path)
+    assert again.config == made.model.config
+    assert "red" in made.vocabulary.words
+
+
+@pytest.mark.parametrize("make", [damsm, stream])
+def test_a_stage_without_a_cache_sees_the_same(folder, make):
+    found = []
+    for cache in (True, False):
+        made = make(folder, cache=cache)
+        made.build()
+        found.append(made.step(next(iter(made.batches)))["loss"])
+    torch.testing.assert_close(*found)
+
+
+def test_a_resumed_stage_is_the_unbroken_one(folder, tmp_path):
+    whole = train(damsm(folder), tmp_path / "whole", LOOP)
+    train(damsm(folder), tmp_path / "parts", replace(LOOP, steps=1))
+    again = train(damsm(folder), tmp_path / "parts", LOOP, resume=True)
+    for name in ("metrics.jsonl", "held_out.jsonl", "model/model.safetensors"):
+        if (whole.out / name).exists():
+            last = (again.out / name).read_bytes()
+            assert last.endswith((whole.out / name).read_bytes()[-200:]), name
+
+
+def test_hidden_words_are_unknown_and_padding_is_not():
+    tokens, lengths = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0]]), torch.tensor([3, 1])
+    assert hide(tokens, lengths, 1.0).tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert torch.equal(hide(tokens, lengths, 0.0), tokens)
+
+
+def test_the_learning_rate_falls_with_each_pass(folder):
+    made = damsm(folder, lr=1.0, lr_decay=0.5, lr_min=0.2)
+    made.build()
+    (group,) = made.players["damsm"].optimizer.param_groups
+    seen = []
+    for batch, _ in zip(made.batches, range(12)):
+        made.step(batch)
+        seen.append(group["lr"])
+    each = len(made.batches.dataset) / 4
+    assert seen == [max(0.5 ** int(k / each), 0.2) for k in range(1, 13)]
+
+
+def bce(logits, target):
+    return F.binary_cross_entropy(logits.sigmoid(), torch.full_like(logits, target))
+
+
+def test_the_losses_are_the_published_ones(folder, stages):
+    ours = recipe(folder, stages, stream_weight=3.0, damsm_weight=2.0, kl_weight=0.5)
+    ours.build()
+    batch = next(iter(ours.batches))
+    assert len(set(ours.labels[batch["index"]].tolist())) == 4  # so that all other texts are wrong
+    _, sentence, lengths = text = ours.text(batch)
+    drawn = ours.generator(torch.randn(4, 8), *text)
+    for i, real in enumerate(ours.pyramid(batch["image"])):
+        d, fake = ours.model.discriminators[i], drawn.images[i].detach()
+        expected = (bce(d(real)[0], 1.0) + bce(d(real, sentence)[1], 1.0)) / 2
+        wrong = bce(d(fake)[0], 0.0) + bce(d(fake, sentence)[1], 0.0)
+        wrong = wrong + bce(d(real, sentence[[3, 0, 1, 2]])[1], 0.0)
+        found = ours.discriminator_loss(i, real, fake, sentence, batch)
+        torch.testing.assert_close(found, expected + wrong / 3)
+    expected = torch.zeros(())
+    for d, images in zip(ours.model.discriminators, drawn.images):
+        expected = expected + bce(d(images)[0], 1.0) + bce(d(images, sentence)[1], 1.0)
+    mean, log_var = drawn.mean, drawn.log_var
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (0.5 * log_var).exp()),
+        torch.distributions.Normal(0.0, 1.0),
+    ).mean()
+    whole = Eye()(drawn.images[2])
+    nll = ours.model.stream.nll(whole, batch["tokens"], lengths)
+    surprise = nll.sum() / (lengths.sum() + 4)
+    loss, parts = ours.generator_loss(drawn, text, batch)
+    torch.testing.assert_close(parts["stream"], surprise)
+    total = expected + 0.5 * kl + 3 * surprise + 2 * (parts["word"] + parts["sentence"])
+    torch.testing.assert_close(loss, total)
+
+
+def test_wrong_pairs_are_of_other_concepts(folder, stages):
+    ours = recipe(folder, stages)
+    ours.build()
+    batch = next(iter(ours.batches))
+    text = ours.text(batch)
+    fake = torch.rand(4, 3, 16, 16)
+    real = ours.pyramid(batch["image"])[0]
+    ours.labels = torch.zeros_like(ours.labels)  # all of one concept: there is no wrong pair
+    d, sentence = ours.model.discriminators[0], text[1]
+    alone, matched = d(real, sentence)
+    expected = (bce(alone, 1.0) + bce(matched, 1.0)) / 2
+    expected = expected + sum(bce(logits, 0.0) for logits in d(fake, sentence)) / 3
+    found = ours.discriminator_loss(0, real, fake, sentence, batch)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream_weight": 0.0}, {"damsm_weight": 1.0}])
+def test_a_step_moves_every_player_and_no_frozen_network(folder, stages, fields):
+    ours = recipe(folder, stages, **fields)
+    ours.build()
+    before = {k: v.clone() for k, v in ours.model.state_dict().items()}
+    metrics = ours.step(next(iter(ours.batches)))
+    assert ("stream" in metrics) == (fields.get("stream_weight") != 0)
+    assert ("word" in metrics) == ("damsm_weight" in fields)
+    moved = {
+        k.split(".")[0] for k, v in ours.model.state_dict().items() if not torch.equal(v, before[k])
+    }
+    assert moved == {"generator", "discriminators"}
+    sheet = ours.sample().images
+    assert sheet.shape == (3, 3, 64, 3 * 64)
+
+
+def test_a_resumed_run_is_the_unbroken_one(folder, stages, tmp_path):
+    fields = {"augment": "translation", "ema_statistics": "own", "damsm_weight": 1.0}
+    whole = train(recipe(folder, stages, **fields), tmp_path / "whole", LOOP)
+    train(recipe(folder, stages, **fields), tmp_path / "parts", replace(LOOP, steps=1))
+    again = train(recipe(folder, stages, **fields), tmp_path / "parts", LOOP, resume=True)
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):
+        assert (again.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+    model = MirrorGAN.from_pretrained(whole.model)
+    assert model.generate(["a red picture"], seed=0).shape == (1, 3, 64, 64)
+
+
+def test_other_stages_are_refused(folder, stages, tmp_path):
+    run = train(recipe(folder, stages), tmp_path / "run", LOOP)
+    other = damsm(folder, seed=1)
+    train(other, tmp_path / "other", LOOP)
+    with pytest.raises(ValueError, match="other weights of damsm or stream"):
+        train(
+            recipe(folder, {**stages, "damsm": str(tmp_path / "other")}),
+            run.out,
+            replace(LOOP, steps=3),
+            resume=True,
+        )
+    with pytest.raises(FileNotFoundError, match="no model in"):
+        recipe(folder, {**stages, "stream": str(tmp_path / "absent")}).build()
+    with pytest.raises(ValueError, match="is of model type 'damsm', not 'stream'"):
+        recipe(folder, {**stages, "stream": stages["damsm"]}).build()
+
+
+def test_other_vocabularies_are_refused(folder, stages, tmp_path):
+    words = ("one", "two")
+    for name, make in (("damsm", damsm), ("stream", stream)):
+        made = make(folder)
+        model = made.config.model
+        if name == "damsm":
+            model = replace(model, stem=replace(model.stem, vocabulary=words))
+        else:
+            model = replace(model, vocabulary=words)
+        made.config = replace(made.config, model=model)
+        train(made, tmp_path / f"other-{name}", LOOP)
+    with pytest.raises(ValueError, match="vocabularies of their own"):
+        recipe(folder, {**stages, "stream": str(tmp_path / "other-stream")}).build()
+    theirs = {name: str(tmp_path / f"other-{name}") for name in stages}
+    with pytest.raises(ValueError, match="know 0 of the"):
+        recipe(folder, theirs).build()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"lr_d": 0.0}, "lr_d must be above 0"),
+        ({"stream_weight": -1.0}, "stream_weight must be at least 0"),
+    ],
+)
+def test_bad_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MirrorGANTraining(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"min_count": 0}, "min_count must be at least 1"),
+        ({"unknown": 1.0}, r"unknown is a share in \[0, 1\)"),
+        ({"flip": True}, "are not cached: --no-cache"),
+    ],
+)
+def test_bad_settings_of_a_stage_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DAMSMTraining(**fields)
