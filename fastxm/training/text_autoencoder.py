@@ -16,7 +16,7 @@ from fastxm.training.precision import pick_device, seed_all
 from fastxm.training.recipe import Player, Recipe
 from fastxm.training.trainer import LoopConfig
 
-SHOWN = 32  # held-out captions in reconstructions.txt
+SHOWN, JUDGED = 32, 512  # held-out captions in reconstructions.txt, and in the figures
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TextRecipe(Recipe):
         config = self.config
         seed_all(self.seed, self.device)
         texts, weights = captions_alone(open_dataset(self.data, self.image_size, "train"))
-        self.held_out = open_dataset(self.data, self.image_size, "val")
+        self.val = open_dataset(self.data, self.image_size, "val")
         words = config.model.vocabulary or Vocabulary.of(texts, config.min_count).words
         self.model = TextAutoencoder(replace(config.model, vocabulary=words)).to(self.device)
         if config.word_vectors is not None:
@@ -103,10 +103,19 @@ class TextRecipe(Recipe):
         player.optimizer.step()
         return {"loss": loss.detach(), "perplexity": loss.detach().exp(), "accuracy": accuracy}
 
+    @torch.no_grad()
+    def held_out(self) -> dict[str, float]:
+        """Perplexity and accuracy of words that the decoder says after its own."""
+        if not len(self.val):
+            return {}
+        tokens, lengths = self.model.tokens(spread(self.val, JUDGED))
+        loss, accuracy = text_loss(*self.model(tokens, lengths))
+        return {"perplexity": loss.exp().item(), "accuracy": accuracy.item()}
+
     def export(self, directory: Path) -> None:
         self.model.save_pretrained(directory)
-        if len(self.held_out):
-            captions = spread(self.held_out, SHOWN)
+        if len(self.val):
+            captions = spread(self.val, SHOWN)
             said = self.model.say(self.model.embed(captions))
             lines = [f"{caption}\n    {again}\n" for caption, again in zip(captions, said)]
             (directory / "reconstructions.txt").write_text("".join(lines))
