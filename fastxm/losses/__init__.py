@@ -1,7 +1,7 @@
 """What the players of each system minimise, as pure functions over the ops.
 
-Modules where users expect them: `ClipLoss` and `SigLipLoss` as in open_clip, `NTXentLoss`; and
-`cached_step` for batches of which the encoders do not hold the activations.
+Modules where users expect them: `ClipLoss` and `SigLipLoss` as in open_clip, `NTXentLoss`,
+`MMDLoss`; and `cached_step` for batches of which the encoders do not hold the activations.
 """
 
 from fastxm.losses.adversarial import bce, hinge_d, hinge_g, kl_normal
@@ -18,11 +18,11 @@ from fastxm.losses.contrastive import (
     region_word_loss,
     siglip_loss,
 )
-from fastxm.losses.mmd import mmd_loss
-from fastxm.losses.mmd_gan import mmd_gan, one_sided
+from fastxm.losses.mmd import MMDLoss, mmd_gan_d, mmd_gan_g, mmd_loss
 
 __all__ = [
     "ClipLoss",
+    "MMDLoss",
     "NTXentLoss",
     "SigLipLoss",
     "bce",
@@ -33,11 +33,11 @@ __all__ = [
     "hinge_d",
     "hinge_g",
     "kl_normal",
-    "mmd_gan",
+    "mmd_gan_d",
+    "mmd_gan_g",
     "mmd_loss",
     "nce",
     "nt_xent",
-    "one_sided",
     "region_word_loss",
     "siglip_loss",
 ]

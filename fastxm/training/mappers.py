@@ -7,7 +7,7 @@ x are codes of the target space, y = G(source codes); no x is anybody's y.
     "mmd_gan"  f, g ascend L(f(x), f(y)) - a |g(f(x)) - x|^2 - a |g(f(y)) - y|^2; G descends L
     "mmd"      G descends sqrt(MMD^2(x, y))
 
-L is `fastxm.losses.mmd_gan`; squares are means. Widths, step sizes and schedules are those of the
+L is `fastxm.losses.mmd_gan_g`; squares are means. Widths, step sizes and schedules are those of the
 released code (Das & Saha, arXiv:2112.04928); where it would take a logarithm of raw scores, for
 text to image, this is the WGAN of its comments. (Arjovsky et al., ICML 2017; C.-L. Li et al., NIPS
 2017; Y. Li et al., ICML 2015.)
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxm import losses
@@ -149,15 +148,16 @@ class MMDGANMapper(Mapper):
             clamp_(critic.encoder)  # type: ignore[arg-type]
             critic_loss = self.update("critic", self.critic_loss(real(), self.fake(source)))
         fx, fy = critic.encoder(real()), critic.encoder(self.network(source()))  # type: ignore[operator]
-        objective = losses.mmd_gan(fx, fy, self.kernel)
+        objective = losses.mmd_gan_g(fx, fy, self.kernel)
         return {"loss_d": critic_loss, "loss_g": self.update_map(objective)}
 
     def critic_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """What the critic descends, of codes x [N, D] and mapped ones y [M, D]."""
         encoder, decoder = self.players["critic"].network.children()
         fx, fy = encoder(x), encoder(y)
-        error = F.mse_loss(decoder(fx), x) + F.mse_loss(decoder(fy), y)
-        return self.autoencoder_weight * error - losses.mmd_gan(fx, fy, self.kernel)
+        pairs = ((decoder(fx), x), (decoder(fy), y))
+        weight = self.autoencoder_weight
+        return losses.mmd_gan_d(fx, fy, pairs, self.kernel, reconstruction_weight=weight)
 
 
 class MMDGANToText(MMDGANMapper):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastxm.data import CaptionedImages, open_dataset
-from fastxm.data.subsets import captions_alone
+from fastxm.data.subsets import captions_alone, principal
 from fastxm.data.vocabulary import Vocabulary
 from fastxm.data.word_vectors import word_vectors
 from fastxm.models.text_autoencoder import TextAutoencoder, TextAutoencoderConfig, text_loss
@@ -77,8 +77,8 @@ class TextRecipe(Recipe):
     def build(self) -> None:
         config = self.config
         seed_all(self.seed, self.device)
-        texts, weights = captions_alone(open_dataset(self.data, self.image_size, "train"))
-        self.val = open_dataset(self.data, self.image_size, "val")
+        train, self.val = (self.open(split) for split in ("train", "val"))
+        texts, weights = captions_alone(train)
         words = config.model.vocabulary or Vocabulary.of(texts, config.min_count).words
         self.model = TextAutoencoder(replace(config.model, vocabulary=words)).to(self.device)
         if config.word_vectors is not None:
@@ -91,6 +91,11 @@ class TextRecipe(Recipe):
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, config.lr, fused=True)
         self.players = {"autoencoder": Player(self.model, optimizer)}
+
+    def open(self, split: str) -> CaptionedImages:
+        """The principal pictures of a split, for their captions."""
+        whole = open_dataset(self.data, self.image_size, split)
+        return whole.select(principal(whole))
 
     def step(self, batch: Tensor) -> dict[str, Tensor]:
         lengths = self.lengths[batch]
