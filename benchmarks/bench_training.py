@@ -9,7 +9,8 @@ rate of a bfloat16 matrix product.
 import functools
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from statistics import median
 from unittest import mock
 
@@ -35,6 +36,7 @@ import fastxm.training.xmcgan as recipes
 from fastxm import losses
 from fastxm.models.xmcgan import XMCGANConfig
 from fastxm.ops.memory import keep_freed_memory
+from fastxm.training.recipe import Recipe
 from fastxm.training.xmcgan import XMCGANRecipe, XMCGANTraining
 
 SIZES = {
@@ -130,10 +132,35 @@ def training(shape: dict, device: str, **options) -> XMCGANTraining:
     )
 
 
-def prepare(shape: dict, name: str, args) -> tuple[Callable[[], dict], dict]:
-    """A variant's step, warmed up, and what one look at it tells."""
+def recipe_of(shape: dict, name: str, device: str) -> XMCGANRecipe:
     kind, options = VARIANTS[name]
-    recipe = kind(training(shape, args.device, **options))
+    return kind(training(shape, device, **options))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is timed: a system's variants at several shapes.
+
+    Args:
+        name: of the JSON that is written, and of the table.
+        sizes: shapes by device.
+        variants: their names; `recipe` makes one's recipe from a shape, its name and a device.
+        pictures: of a step, for each of a batch.
+    """
+
+    name: str
+    sizes: dict[str, list[dict]]
+    variants: Iterable[str]
+    recipe: Callable[[dict, str, str], Recipe]
+    pictures: int = 1
+
+
+XMC = Bench("training", SIZES, VARIANTS, recipe_of, STEPS)
+
+
+def prepare(bench: Bench, shape: dict, name: str, args) -> tuple[Callable[[], dict], dict]:
+    """A variant's step, warmed up, and what one look at it tells."""
+    recipe = bench.recipe(shape, name, args.device)
     recipe.build()
     step = functools.partial(recipe.step, next(iter(recipe.batches)))
     facts = {"losses": {key: value.item() for key, value in step().items()}}
@@ -149,17 +176,17 @@ def operations(step: Callable[[], dict]) -> int:
     return counter.get_total_flops()
 
 
-def measure(shape: dict, args) -> list[dict]:
+def measure(bench: Bench, shape: dict, args) -> list[dict]:
     """One row a variant; the first row is the machine's limit."""
     wanted = tuple(args.providers or [""])
     rows: dict[str, dict] = {}
     limiter, amount = limit("gemm", torch.bfloat16, args.device, args.quick)
     ready: dict[tuple[str, str], Callable] = {("limit", "gemm"): limiter}
     work = None
-    for name in (name for name in VARIANTS if name.startswith(wanted)):
+    for name in (name for name in bench.variants if name.startswith(wanted)):
         rows[name] = {"provider": name}
         try:
-            step, facts = prepare(shape, name, args)
+            step, facts = prepare(bench, shape, name, args)
             work = operations(step) if name == "fastxm fp32" else work
         except Exception as error:  # reported in the table; the others go on
             rows[name]["error"] = describe(error)
@@ -170,7 +197,8 @@ def measure(shape: dict, args) -> list[dict]:
     rate = amount / median(times.pop(("limit", "gemm")))
     for (name, _), found in times.items():
         row, seconds = rows[name], median(found)
-        row["step_ms"], row["images_per_s"] = 1e3 * seconds, STEPS * shape["B"] / seconds
+        row["step_ms"] = 1e3 * seconds
+        row["images_per_s"] = bench.pictures * shape["B"] / seconds
         if work:
             row["of_limit"] = work / rate / seconds
     for row, other in itertools.product(rows.values(), ("plain", "plain compiled")):
@@ -181,11 +209,11 @@ def measure(shape: dict, args) -> list[dict]:
     return [head, *rows.values()]
 
 
-def run(argv: list[str] | None = None) -> list[dict]:
-    args = parser("Benchmark of XMC-GAN's training step.").parse_args(argv)
+def run(argv: list[str] | None = None, bench: Bench = XMC) -> list[dict]:
+    args = parser(f"Benchmark of steps of {bench.name}.").parse_args(argv)
     if args.quick:
         args.rounds, args.seconds = 1, 0.0
-    usual = SIZES["quick" if args.quick else args.device]
+    usual = bench.sizes["quick" if args.quick else args.device]
     shapes = [parse_shape(s, usual[0]) for s in args.shapes] if args.shapes else usual
     env = environment(args.device)
     folder = output_folder(args, env)
@@ -194,13 +222,15 @@ def run(argv: list[str] | None = None) -> list[dict]:
     rows: list[dict] = []
     for shape in shapes:
         torch._dynamo.reset()
-        found = measure(shape, args)
+        found = measure(bench, shape, args)
         label = " ".join(f"{k}={v}" for k, v in shape.items())
         head = f"{env['chip']}, {env['threads']} threads, torch {env['torch']}, {env['commit']}"
-        print(table(f"training {label} ({head}; {speed(found[0])})", found, COLUMNS), flush=True)
+        print(
+            table(f"{bench.name} {label} ({head}; {speed(found[0])})", found, COLUMNS), flush=True
+        )
         rows += [{**shape, **row} for row in found]
         if folder:
-            write(folder / "training.json", {"op": "training", **env, "rows": clean(rows)})
+            write(folder / f"{bench.name}.json", {"op": bench.name, **env, "rows": clean(rows)})
     return rows
 
 

@@ -22,5 +22,5 @@ class Eye(torch.nn.Module):
     def embed(self, images):
         return self(images)
 
-    def classifier(self, features):
-        return features[:, :5]
+    def classes(self, pooled):
+        return pooled[:, :5]

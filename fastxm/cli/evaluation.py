@@ -82,11 +82,11 @@ def evaluate(arguments: list[str]) -> None:
         found = evaluation.evaluate(generator, judge, data, num_images=num_images, seed=seed)
         show(found)
         told: dict[str, Any] = {}
-        if generator.model_type == "mirrorgan":
+        if isinstance(generator, fastxm.MirrorGAN):
             told = evaluation.evaluate_redescription(
                 generator, data, num_images=num_images, seed=seed
             )
-        elif generator.model_type == "selfsup":
+        elif isinstance(generator, fastxm.CrossModalAutoencoder):
             told = evaluation.evaluate_selfsup(model, data, seed=seed, device=device)
         show_tables(told)
         found |= told

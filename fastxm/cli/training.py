@@ -68,10 +68,11 @@ def train_system(system: str, arguments: list[str]) -> "Run":
     default = Arguments(configs.construct(training, values, where), preset, out)
     flat = (tyro.conf.OmitArgPrefixes,)
     asked = parse(Arguments, f"train {system}", arguments, default=default, config=flat)
-    config, halted = asked.config, None
+    config, made, halted = asked.config, recipe(asked.config), None
     if system == "mirrorgan":
-        config, halted = after_stages(config, asked.out, asked.resume)
-    run = halted or loop(recipe(config), asked.out, config.loop, resume=asked.resume)
+        made.stages = asked.out
+        halted = after_stages(config, asked.out, asked.resume)
+    run = halted or loop(made, asked.out, config.loop, resume=asked.resume)
     finish(run, asked.out)
     return run
 
@@ -102,18 +103,21 @@ def base(system: str, arguments: list[str]) -> tuple[dict[str, Any], str, Path, 
     return values, preset, out, where
 
 
-def after_stages(config: Any, out: Path, resume: bool) -> tuple[Any, "Run | None"]:
+def after_stages(config: Any, out: Path, resume: bool) -> "Run | None":
     """Trains the stages of MirrorGAN that no run is given of, each in a directory inside `out`.
 
     A stage that was stopped goes on, one that has ended is used as it is.
 
     Returns:
-        the configuration with the stages' runs; and the stage's run that a signal ended, if any.
+        the stage's run that a signal ended, if any.
     """
+    from fastxm.models.pretrained import find_model
     from fastxm.training.trainer import is_fresh
 
     if not resume:
         is_fresh(out)
+    for path in filter(None, (getattr(config, stage) for stage in STAGES)):
+        find_model(path)
     if not (out / "config.yaml").exists():
         configs.write(out / "config.yaml", "mirrorgan", config)  # to resume from, in any stage
     for stage in STAGES:
@@ -134,9 +138,8 @@ def after_stages(config: Any, out: Path, resume: bool) -> tuple[Any, "Run | None
             say(f"{stage}: training in {folder}")
             run = loop(recipe(made), folder, made.loop, resume=True)
             if run.interrupted:
-                return config, run
-        config = dataclasses.replace(config, **{stage: str(folder)})
-    return config, None
+                return run
+    return None
 
 
 def ended(folder: Path, loop: Any) -> bool:

@@ -120,9 +120,9 @@ class EfficientNetLite0(FrozenImages):
         """[B, 1280], from what `features` returned."""
         return F.relu6(self.head(features[-1])).mean((2, 3))
 
-    def logits(self, images: Tensor) -> Tensor:
-        """ImageNet logits [B, 1000] of images [B, 3, H, W] in [0, 1]."""
-        return self.classifier(self(images))
+    def classes(self, pooled: Tensor) -> Tensor:
+        """ImageNet logits [B, 1000] of pooled features [B, 1280]."""
+        return self.classifier(pooled)
 
 
 class EfficientNetLite0Layout(EfficientNetLite0):
@@ -145,8 +145,8 @@ class EfficientNetLite0Layout(EfficientNetLite0):
         layout = F.adaptive_avg_pool2d(features[2], self.grid).flatten(1)
         return torch.cat([super().pool(features), layout], 1)
 
-    def logits(self, images: Tensor) -> Tensor:
-        return self.classifier(super().pool(self.features(images)))
+    def classes(self, pooled: Tensor) -> Tensor:
+        return super().classes(pooled[:, : EfficientNetLite0.width])
 
 
 def blocks() -> Iterator[Block]:

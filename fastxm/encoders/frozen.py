@@ -67,6 +67,14 @@ class FrozenImages(Frozen):
             return images
         return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
+    @abstractmethod
+    def classes(self, pooled: Tensor) -> Tensor:
+        """ImageNet logits [B, 1000] of pooled features."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """ImageNet logits [B, 1000] of images [B, 3, H, W] in [0, 1]."""
+        return self.classes(self(images))
+
     @torch.no_grad()
     def embed(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Pooled features [N, width] of many images [N, 3, H, W] in [0, 1], a few at a time."""

@@ -25,9 +25,14 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-ROW, COLUMN = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))  # kernel, stride, padding
-ONE, SAME, HALF, FIVE = (1, 1, 0), (3, 1, 1), (3, 2, 0), (5, 1, 2)
-Steps = Sequence[tuple[str, int, tuple]]  # name, channels, (kernel, stride, padding)
+Shape = tuple[Any, int, Any]  # kernel, stride, padding
+ROW: Shape = ((1, 7), 1, (0, 3))
+COLUMN: Shape = ((7, 1), 1, (3, 0))
+ONE: Shape = (1, 1, 0)
+SAME: Shape = (3, 1, 1)
+HALF: Shape = (3, 2, 0)
+FIVE: Shape = (5, 1, 2)
+Steps = Sequence[tuple[str, int, Shape]]  # name, channels
 
 
 class Mixed(nn.Module):
@@ -68,7 +73,7 @@ class Mixed(nn.Module):
         return torch.cat([*found, F.max_pool2d(x, 3, 2)], 1)
 
 
-def chain(name: str, *steps: tuple[int, tuple]) -> list[tuple[str, int, tuple]]:
+def chain(name: str, *steps: tuple[int, Shape]) -> list[tuple[str, int, Shape]]:
     return [(f"{name}_{i}", channels, shape) for i, (channels, shape) in enumerate(steps, 1)]
 
 
@@ -96,7 +101,8 @@ def mixed_d(c_in: int) -> Mixed:
 
 
 def mixed_e(c_in: int) -> Mixed:
-    wide, tall = ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
+    wide: Shape = ((1, 3), 1, (0, 1))
+    tall: Shape = ((3, 1), 1, (1, 0))
     three = [("branch3x3_1", 384, ONE)]
     three += [("branch3x3_2a", 384, wide), ("branch3x3_2b", 384, tall)]
     double = chain("branch3x3dbl", (448, ONE), (384, SAME))
@@ -160,6 +166,6 @@ class InceptionV3(FrozenImages):
         """[B, 2048], from what `features` returned."""
         return features[-1].mean((2, 3))
 
-    def logits(self, images: Tensor) -> Tensor:
-        """ImageNet logits [B, 1000] of images [B, 3, H, W] in [0, 1]."""
-        return self.fc(self(images))
+    def classes(self, pooled: Tensor) -> Tensor:
+        """ImageNet logits [B, 1000] of pooled features [B, 2048]."""
+        return self.fc(pooled)

@@ -86,3 +86,7 @@ class ResNet50(FrozenImages):
     def pool(self, features: Sequence[Tensor]) -> Tensor:
         """[B, 2048], from what `features` returned."""
         return features[-1].mean((2, 3))
+
+    def classes(self, pooled: Tensor) -> Tensor:
+        """ImageNet logits [B, 1000] of pooled features [B, 2048]."""
+        return self.fc(pooled)

@@ -19,7 +19,7 @@ from fastxm.data.vocabulary import split_words
 from fastxm.encoders import image_encoder
 from fastxm.evaluation.evaluator import Captions, caption_pools, embed_captions, pooled_recall
 from fastxm.evaluation.metrics import class_score
-from fastxm.evaluation.text import bleu, perplexity
+from fastxm.evaluation.text import bleu, common_words, perplexity, shared_words
 from fastxm.models.mirrorgan import MirrorGAN
 
 
@@ -47,8 +47,9 @@ def evaluate_redescription(
 
     Returns:
         "R-precision": R@1, R@5, R@10 of generated and of real pictures, and chance;
-        "redescription": "BLEU-1", "BLEU-4" and "perplexity" of generated and of real pictures, and
-        of each against the captions of other pictures ("shuffled");
+        "redescription": "BLEU-1", "BLEU-4", "perplexity" and "shared words" of generated and of
+        real pictures, and of each against the captions of other pictures ("shuffled"); words that
+        more than one in twenty captions holds do not count as shared;
         "score": "EffLite0-score" and "spread" of both, which is no Inception score.
 
     Raises:
@@ -70,21 +71,23 @@ def evaluate_redescription(
         name: pooled_recall(model.damsm.embed_images(images).cpu(), keys, pools)
         for name, images in pictures.items()
     }
-    of = len(pools[0])
-    precision["chance"] = {name: min(int(name[2:]) / of, 1.0) for name in precision["real"]}
+    among = len(pools[0])
+    precision["chance"] = {name: min(int(name[2:]) / among, 1.0) for name in precision["real"]}
+    ignore = common_words([split_words(c) for captions in chosen.captions for c in captions])
     others = elsewhere(captions.groups, seed)
     told: dict[str, Any] = {}
     score: dict[str, Any] = {}
     eye = image_encoder().to(model.device)
     for name, images in pictures.items():
         texts = [split_words(text) for text in model.caption(images, beams=beams)]
-        told[name] = retold(model, chosen, captions, images, texts, np.arange(len(images)))
-        told[f"{name}, shuffled"] = retold(model, chosen, captions, images, texts, others)
+        of = model, chosen, captions, images, texts, ignore
+        told[name] = retold(*of, np.arange(len(images)))
+        told[f"{name}, shuffled"] = retold(*of, others)
         features = eye.embed(images)
-        mean, spread = class_score(eye.classifier(features))
+        mean, spread = class_score(eye.classes(features), min(10, len(images)))
         score[name] = {"EffLite0-score": mean, "spread": spread, "pictures": len(images)}
     return {
-        "R-precision": {name: {**found, "of": of} for name, found in precision.items()},
+        "R-precision": {name: {**found, "of": among} for name, found in precision.items()},
         "redescription": told,
         "score": score,
     }
@@ -118,6 +121,7 @@ def retold(
     captions: Captions,
     images: Tensor,
     told: list[list[str]],
+    ignore: set[str],
     order: np.ndarray,
 ) -> dict[str, float]:
     """How pictures [N, 3, S, S], and what was told of them, fit the captions number `order` [N]."""
@@ -132,5 +136,6 @@ def retold(
     return {
         "BLEU-1": bleu(told, right, 1),
         "BLEU-4": bleu(told, right, 4),
+        "shared words": shared_words(told, right, ignore),
         "perplexity": perplexity(torch.cat(nll), lengths),
     }

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from torch import Tensor
 
@@ -52,6 +52,33 @@ def bleu(texts: Sequence[Words], references: Sequence[Sequence[Words]], order: i
 def runs(words: Words, n: int) -> Counter[tuple[str, ...]]:
     """The runs of n words in a text, counted."""
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def shared_words(
+    texts: Sequence[Words], references: Sequence[Sequence[Words]], ignore: Set[str]
+) -> float:
+    """The share of the words written, each once a text, that some reference of the text has.
+
+    Args:
+        texts: N texts, each a list of words.
+        references: for each text one or more right ones.
+        ignore: words that say nothing, which are not counted.
+
+    Returns:
+        a number in [0, 1]; 0 where nothing is left to count.
+    """
+    right = total = 0
+    for text, right_ones in zip(texts, references):
+        told = set(text) - ignore
+        right += len(told & {word for reference in right_ones for word in reference})
+        total += len(told)
+    return right / total if total else 0.0
+
+
+def common_words(captions: Sequence[Words], share: float = 0.05) -> set[str]:
+    """The words that more than this share of captions hold."""
+    counts = Counter(word for caption in captions for word in set(caption))
+    return {word for word, count in counts.items() if count > share * len(captions)}
 
 
 def perplexity(nll: Tensor, lengths: Tensor) -> float:

@@ -14,6 +14,7 @@ term is AttnGAN's, weight 0 in MirrorGAN.)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -107,17 +108,21 @@ class MirrorGANRecipe(GANRecipe):
 
     Args:
         config: of the training.
+
+    Attributes:
+        stages: where the runs `damsm` and `stream` are that the configuration does not name.
     """
 
     system = "mirrorgan"
     model: MirrorGAN
     unbound = ("loop", "device", "compile", "stages", "damsm", "stream")
+    stages = Path()
 
     def build(self) -> None:
         config = self.config
         seed_all(config.seed, self.device)
-        damsm = DAMSM.from_pretrained(find_model(config.damsm))
-        stream = STREAM.from_pretrained(find_model(config.stream))
+        damsm = DAMSM.from_pretrained(find_model(config.damsm or self.stages / "damsm"))
+        stream = STREAM.from_pretrained(find_model(config.stream or self.stages / "stream"))
         whole = MirrorGANConfig(config.model, damsm.config, stream.config)
         vocabulary, words = damsm.stem.vocabulary, damsm.config.stem.words
         size = config.model.image_size
@@ -225,7 +230,9 @@ class MirrorGANRecipe(GANRecipe):
         """How well the pictures tell their captions; of one look, where both see the same."""
         config, damsm, stream = self.config, self.model.damsm, self.model.stream
         parts = {}
-        with autocast(config.precision, self.device):
+        # a CPU's bfloat16 makes these networks, of convolutions channel by channel, slower
+        precision = config.precision if self.device.type == "cuda" else "fp32"
+        with autocast(precision, self.device):
             same = damsm.image_encoder.name == stream.image_encoder.name
             if config.damsm_weight or same:
                 regions, whole = damsm.look(images)

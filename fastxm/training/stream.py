@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastxm.data.image_features import image_features
 from fastxm.data.vocabulary import split_words
-from fastxm.evaluation.text import bleu, perplexity
+from fastxm.evaluation.text import bleu, common_words, perplexity, shared_words
 from fastxm.models.stream import STREAM, STREAMConfig
 from fastxm.training.batches import Batch
 from fastxm.training.captions import CaptionRecipe, CaptionTraining, chosen, with_words
@@ -43,7 +43,7 @@ class STREAMRecipe(CaptionRecipe):
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
-        """Perplexity of the first captions of held-out pictures, and BLEU-1 of what it writes."""
+        """Perplexity of first captions of held-out pictures; BLEU-1 and words of what it writes."""
         if len(self.held) == 0:
             return {}
         held = chosen(self.held)
@@ -56,7 +56,10 @@ class STREAMRecipe(CaptionRecipe):
         written = self.vocabulary.decode(self.model.search(whole, 1, 20))
         self.model.train()
         references = [[split_words(c) for c in captions] for captions in held.captions]
+        common = common_words([caption for captions in references for caption in captions])
+        told = [text.split() for text in written]
         return {
             "perplexity": perplexity(nll, lengths),
-            "BLEU-1": bleu([text.split() for text in written], references, 1),
+            "BLEU-1": bleu(told, references, 1),
+            "shared_words": shared_words(told, references, common),
         }

@@ -19,7 +19,8 @@ from torch import Tensor
 from fastxm import losses
 from fastxm.data import text_features
 from fastxm.data.transforms import augment
-from fastxm.encoders import EfficientNetLite0, image_encoder, text_encoder
+from fastxm.encoders import image_encoder, text_encoder
+from fastxm.encoders.frozen import FrozenImages
 from fastxm.models.xmcgan import XMCGAN, DiscriminatorOutput, XMCGANConfig
 from fastxm.training.batches import Batch, split
 from fastxm.training.gan import GANRecipe, gradients
@@ -132,7 +133,7 @@ class XMCGANRecipe(GANRecipe):
     def text(self, batch: Batch) -> tuple[Tensor, ...]:
         return batch["words"], batch["sentence"], batch["lengths"]
 
-    def pretrained(self) -> EfficientNetLite0:
+    def pretrained(self) -> FrozenImages:
         size = self.config.pretrained_size
         return image_encoder("efficientnet-lite0", image_size=size).to(self.device)
 

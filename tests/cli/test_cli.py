@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
+from eye import Eye
 from PIL import Image
 
 import fastxm
@@ -233,3 +234,62 @@ def test_every_preset_is_a_configuration():
     for name, config in made.items():
         assert bool(config.augment) == (config.data == "emoji"), name
     assert made["cpu-demo"].loop.max_minutes <= 15
+
+
+def test_mirrorgan_trains_its_stages_and_reuses_them(folder, tmp_path, capsys, monkeypatch):
+    import fastxm.encoders
+
+    monkeypatch.setattr(fastxm.encoders, "image_encoder", lambda *_, **__: Eye())
+    stages = {
+        "damsm": {"model": {"region_width": 3, "image_width": 12, "stem": {"width": 4}}},
+        "stream": {"model": {"image_width": 12, "hidden": 4, "embedding": 4}},
+    }
+    preset = configs.preset
+
+    def small(system, name):
+        loop = {"steps": 1, "log_every": 1}
+        if system not in stages:
+            return preset(system, name)
+        return {"data": "emoji", "batch_size": 3, "loop": loop, **stages[system]}
+
+    monkeypatch.setattr(configs, "preset", small)
+    out = tmp_path / "mirror"
+    flags = ["--data", str(folder), "--out", str(out), "--gf", "2", "--df", "2", "--log-every",
+             "1", "--batch-size", "3", "--samples", "2", "--device", "cpu"]  # fmt: skip
+    command = ["train", "mirrorgan", *flags, "--stream-weight", "0", "--damsm-weight", "0"]
+    assert cli.main([*command, "--steps", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "damsm: training in" in said
+    assert "done after 1 steps" in said
+    assert fastxm.MirrorGAN.from_pretrained(out / "model").config.glam.gf == 2
+    weights = (out / "damsm/model/model.safetensors").stat().st_mtime_ns
+    assert "already holds a run" in refused(capsys, *command, "--steps", "2")
+    assert cli.main(["train", "mirrorgan", "--resume", "--out", str(out), "--steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("has ended, and is used as it is") == 2
+    assert "done after 2 steps" in said
+    assert (out / "damsm/model/model.safetensors").stat().st_mtime_ns == weights
+    # another run takes the stages of this one
+    other = ["--out", str(tmp_path / "other"), "--damsm", str(out / "damsm")]
+    again = [*command, *other, "--stream", str(out / "stream"), "--steps", "1"]
+    assert cli.main(again) == 0
+    assert "training in" not in capsys.readouterr().out
+    assert not (tmp_path / "other" / "damsm").exists()
+    missing = [*command, "--out", str(tmp_path / "third"), "--damsm", str(tmp_path / "absent")]
+    assert "no model in" in refused(capsys, *missing, "--stream", str(out / "stream"))
+    assert not (tmp_path / "third").exists()
+    png = tmp_path / "grid.png"
+    assert cli.main(["sample", "a red picture", "--model", str(out), "--out", str(png)]) == 0
+    assert str(png) in capsys.readouterr().out
+    assert "draws nothing" in refused(capsys, "sample", "a", "--model", str(out / "damsm"))
+
+
+def test_every_preset_of_mirrorgan_and_its_stages_is_a_configuration():
+    from fastxm.cli.training import SYSTEMS, classes
+
+    for system in ("mirrorgan", "damsm", "stream"):
+        assert configs.presets(system) == ["birds", "coco", "cpu-demo"]
+        for name in configs.presets(system):
+            made = configs.construct(classes(system)[1], configs.preset(system, name), name)
+            assert system not in ("mirrorgan",) or made.stages == name
+        assert SYSTEMS[system][2] in configs.presets(system)
