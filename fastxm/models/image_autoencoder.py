@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastxm.encoders.frozen import Looks
 from fastxm.models.pretrained import Pretrained
+from fastxm.nn.mlp import Standardise
 from fastxm.nn.stackgan import (
     ConditioningAugmentation,
     FirstStage,
@@ -74,24 +75,14 @@ class ImageAutoencoderConfig:
 class ImageEncoder(nn.Module):
     """Frozen features [B, features] to mean and log variance of codes, [B, code] each."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: ImageAutoencoderConfig) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(config.features))
-        self.register_buffer("std", torch.ones(config.features))
+        self.standardise = Standardise(config.features)
         self.linear = nn.Linear(config.features, config.hidden)
         self.augment = ConditioningAugmentation(config.hidden, config.code)
 
-    def standardise(self, features: Tensor) -> None:
-        """Takes mean and spread of features [N, features] out of all that come."""
-        self.mean.copy_(features.mean(0))
-        # a channel that never fires in training would make any spark a blaze
-        self.std.copy_(features.std(0, correction=0).clamp(min=1e-3))
-
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augment(torch.tanh(self.linear((features - self.mean) / self.std)))
+        return self.augment(torch.tanh(self.linear(self.standardise(features))))
 
 
 class NextStage(nn.Module):

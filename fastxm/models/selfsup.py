@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastxm.models.image_autoencoder import ImageAutoencoder, ImageAutoencoderConfig
 from fastxm.models.text_autoencoder import TextAutoencoder, TextAutoencoderConfig
 from fastxm.models.text_to_image import TextToImage, evaluating
-from fastxm.nn.mlp import mlp
+from fastxm.nn.mlp import Standardise, mlp
 
 Family = Literal["mmd_gan", "gan", "mmd"]
 LAYERS = {"mmd_gan": (2, 2), "gan": (2, 5), "mmd": (2, 2)}  # hidden, to text and to images
@@ -58,8 +58,8 @@ class CrossModalAutoencoder(TextToImage):
         self.image = ImageAutoencoder(c.image)
         self.text = TextAutoencoder(c.text)
         to_text, to_image = LAYERS[c.family]
-        self.image_to_text = mlp((c.image.code, *[c.hidden] * to_text, c.text.code))
-        self.text_to_image = mlp((c.text.code, *[c.hidden] * to_image, c.image.code))
+        self.image_to_text = code_map(c.image.code, [c.hidden] * to_text, c.text.code)
+        self.text_to_image = code_map(c.text.code, [c.hidden] * to_image, c.image.code)
 
     @property
     def generator(self) -> nn.Module:  # type: ignore[override]
@@ -125,3 +125,8 @@ class CrossModalAutoencoder(TextToImage):
     def reword(self, captions: Sequence[str]) -> list[str]:
         """The autoencoder's captions of captions."""
         return self.text.say(self.text.embed(captions))
+
+
+def code_map(source: int, hidden: Sequence[int], target: int) -> nn.Sequential:
+    """Codes [B, source] to codes [B, target], standardised first once that is fitted."""
+    return nn.Sequential(Standardise(source), *mlp((source, *hidden, target)))

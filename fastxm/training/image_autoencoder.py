@@ -110,7 +110,7 @@ class ImageRecipe(Recipe):
         self.shown = self.choose(frozen)
         self.batches = BatchSampler(self.dataset, config.batch_size, seed=self.seed)
         self.model = ImageAutoencoder(config.model).train().to(self.device)
-        self.model.encoder.standardise(self.features)
+        self.model.encoder.standardise.fit(self.features)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.players = {"autoencoder": self.player(self.model)}
         self.judges: dict[int, JointDiscriminator] = {}

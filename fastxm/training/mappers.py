@@ -56,7 +56,8 @@ class Mapper(ABC):
     @property
     def widths(self) -> tuple[int, int]:
         """A and D."""
-        return self.network[0].in_features, self.network[-1].out_features  # type: ignore[return-value]
+        linear = [layer for layer in self.network if isinstance(layer, nn.Linear)]
+        return linear[0].in_features, linear[-1].out_features
 
     @abstractmethod
     def build(self) -> None:

@@ -51,6 +51,9 @@ class MappingTraining:
     """Of the kernel, a sum of Gaussians."""
     stochastic: bool = True
     """Draw a picture's code from its Gaussian; else its mean stands for it."""
+    standardise: bool = True
+    """Maps take codes less their mean, over their spread: codes that differ little from one another
+    are else all mapped to about the same. Released: as they are."""
     anchor: Literal["none", "l2", "info_nce"] = "none"
     """What draws the codes of given pairs together."""
     anchor_pairs: int = 200
@@ -198,6 +201,9 @@ class MappingRecipe(Recipe):
         self.batches = CodeDraws(
             self.codes, config.batch_size, stochastic=config.stochastic, seed=self.seed
         )
+        if config.standardise:
+            self.model.image_to_text[0].fit(self.codes.mean)  # type: ignore[operator]
+            self.model.text_to_image[0].fit(self.codes.text)  # type: ignore[operator]
         kernel = RBF(config.bandwidths)
         self.mappers: dict[str, Mapper] = {
             name: make(getattr(self.model, name), kernel, config.lr_scale)

@@ -44,7 +44,7 @@ def test_a_picture_of_each_size(size, sizes):
 
 def test_the_code_s_mean_is_a_gated_map_of_a_hyperbolic_tangent():
     model, features = small(image_size=64), torch.randn(3, 5)
-    model.encoder.standardise(features)
+    model.encoder.standardise.fit(features)
     scaled = (features - features.mean(0)) / features.std(0, correction=0)
     hidden = torch.tanh(model.encoder.linear(scaled))
     a, b = model.encoder.augment.linear(hidden).chunk(2, 1)
@@ -53,13 +53,13 @@ def test_the_code_s_mean_is_a_gated_map_of_a_hyperbolic_tangent():
 
 def test_a_constant_channel_stays_finite():
     model = small(image_size=64)
-    model.encoder.standardise(torch.ones(3, 5))
+    model.encoder.standardise.fit(torch.ones(3, 5))
     assert model.embed(torch.ones(1, 5)).isfinite().all()
 
 
 def test_it_is_read_as_it_was_saved(tmp_path):
     model, features = small(), torch.randn(2, 5)
-    model.encoder.standardise(torch.randn(4, 5))
+    model.encoder.standardise.fit(torch.randn(4, 5))
     model.save_pretrained(tmp_path)
     again = ImageAutoencoder.from_pretrained(tmp_path)
     assert again.config == model.config

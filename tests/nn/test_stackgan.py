@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastxm.nn.mlp import Standardise
 from fastxm.nn.stackgan import (
     ConditioningAugmentation,
     FirstStage,
@@ -98,3 +99,13 @@ def test_initialisation_is_orthogonal():
 def test_other_sizes_are_refused():
     with pytest.raises(ValueError, match="image_size is 64, 128 or 256, not 32"):
         JointDiscriminator(32, 2, 5)
+
+
+def test_standardise_is_nothing_until_it_is_fitted():
+    layer, x = Standardise(3), torch.randn(6, 3) * 4 + 2
+    assert torch.equal(layer(x), x)
+    layer.fit(x)
+    torch.testing.assert_close(layer(x).mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(layer(x).std(0, correction=0), torch.ones(3))
+    layer.fit(torch.ones(6, 3))
+    assert layer(torch.ones(1, 3)).abs().max() == 0

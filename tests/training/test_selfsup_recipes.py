@@ -107,10 +107,8 @@ def test_without_judgement_there_are_no_discriminators(folder, monkeypatch):
     options = {"adversarial_weight": 0.0, "pixel_weight": 25.0, "lr": 5e-3}
     ours = image_recipe(folder, monkeypatch, image_size=64, **options)
     assert set(ours.players) == {"autoencoder"}
-    first = ours.step(next(iter(ours.batches)))
-    for _, batch in zip(range(30), ours.batches):
-        last = ours.step(batch)
-    assert last["pixel"] < first["pixel"] / 2
+    errors = [ours.step(batch)["pixel"] for _, batch in zip(range(48), ours.batches)]
+    assert sum(errors[-8:]) < 0.75 * sum(errors[:8])
 
 
 @pytest.mark.parametrize("field", ["df", "batch_size", "lr", "clip", "kl_weight", "pixel_weight"])
