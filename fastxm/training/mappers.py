@@ -106,7 +106,7 @@ class MMDMapper(Mapper):
 
     def build(self) -> None:
         normal_(self.network)
-        self.players = {"mapper": self.adam(self.network, 1e-3, (0.9, 0.999))}
+        self.players = {"mapper": self.adam(self.network, 2e-4, (0.5, 0.999))}
 
     def step(self, real: Source, source: Source) -> dict[str, Tensor]:
         loss = losses.mmd_loss(real(), self.network(source()), self.kernel, root=True)
