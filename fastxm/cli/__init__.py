@@ -219,6 +219,3 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "doctor": doctor,
     "demo": demo,
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

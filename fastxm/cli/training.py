@@ -57,6 +57,7 @@ def train_system(system: str, arguments: list[str]) -> "Run":
         """Train a system; flags override the preset, with --resume the run's configuration."""
 
         config: training  # type: ignore[valid-type]
+        """What decides the training."""
         preset: str
         """A named configuration."""
         out: Path

@@ -45,6 +45,9 @@ class GLAMConfig:
         cond_dim: width of the augmented sentence.
         blocks: residual blocks of the second and of the third stage.
         upsampling: "nearest" (the released code) or "bilinear", which draws no cell borders.
+        text_scale: "raw" takes words and sentence as STEM gives them (the released code); "unit"
+            scales each to a mean square of 1. A STEM of few steps gives numbers of 0.05, which
+            beside noise and pictures are hardly seen.
     """
 
     image_size: int = 256
@@ -54,11 +57,13 @@ class GLAMConfig:
     cond_dim: int = 100
     blocks: int = 2
     upsampling: str = "nearest"
+    text_scale: str = "raw"
 
     def __post_init__(self) -> None:
         for name, allowed in {
             "image_size": (64, 128, 256),
             "upsampling": ("nearest", "bilinear"),
+            "text_scale": ("raw", "unit"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)!r}")
@@ -253,6 +258,7 @@ class Generator(nn.Module):
             sentence: [B, E].
             lengths: [B], words of each text, 1 to T.
         """
+        words, sentence = (scaled(text, self.config.text_scale) for text in (words, sentence))
         z, e = noise.split([self.config.z_dim, self.config.cond_dim], 1)
         condition, mean, log_var = self.augmentation(sentence, e)
         x = self.first(torch.cat([condition, z], 1))
@@ -271,10 +277,12 @@ class Discriminator(nn.Module):
         df: base channels.
         size: side of the pictures, 16 to 256.
         text_width: E of the sentence.
+        text_scale: as in GLAMConfig.
     """
 
-    def __init__(self, df: int, size: int, text_width: int) -> None:
+    def __init__(self, df: int, size: int, text_width: int, text_scale: str = "raw") -> None:
         super().__init__()
+        self.text_scale = text_scale
         halvings = int(math.log2(size // 4))
         widths = [df << k for k in range(halvings)]
         layers: list[nn.Module] = [nn.Conv2d(3, df, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
@@ -303,9 +311,15 @@ class Discriminator(nn.Module):
         features = self.trunk(2 * images - 1)  # [B, 8 df or fewer, 4, 4]
         logits = [self.alone(features)]
         for sentence in sentences:
-            everywhere = sentence.to(features.dtype)[:, :, None, None].expand(-1, -1, 4, 4)
+            sentence = scaled(sentence, self.text_scale).to(features.dtype)
+            everywhere = sentence[:, :, None, None].expand(-1, -1, 4, 4)
             logits.append(self.matched(self.joint(torch.cat([features, everywhere], 1))))
         return [at_least_float(logit).flatten() for logit in logits]
+
+
+def scaled(text: Tensor, scale: str) -> Tensor:
+    """Features [..., E] as they are, or with a mean square of 1; zeros stay zeros."""
+    return text if scale == "raw" else F.normalize(text, dim=-1) * math.sqrt(text.shape[-1])
 
 
 def judged(conv: nn.Conv2d) -> list[nn.Module]:
@@ -346,7 +360,8 @@ class MirrorGAN(TextToImage):
         self.stream = STREAM(config.stream)
         self.generator = Generator(config.glam, width)
         self.discriminators = nn.ModuleList(
-            Discriminator(config.glam.df, size, width) for size in config.glam.sizes
+            Discriminator(config.glam.df, size, width, config.glam.text_scale)
+            for size in config.glam.sizes
         )
         for network in (self.generator, self.discriminators):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -82,18 +82,22 @@ class STREAM(Looks, Pretrained):
         """Pooled features [B, image_width] as the LSTM's first input: [B, 1, embedding]."""
         return self.dropout(self.norm(self.image(self.dropout(whole))))[:, None]
 
-    def nll(self, whole: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def nll(
+        self, whole: Tensor, tokens: Tensor, lengths: Tensor, *, given: Tensor | None = None
+    ) -> Tensor:
         """How surprised it is by each word of a text, its end among them.
 
         Args:
             whole: [B, image_width], pooled features of the pictures.
             tokens: [B, T], numbered words, 0 after the last.
             lengths: [B], 1 to T.
+            given: [B, T], the words that it is told before each; `tokens` if not given.
 
         Returns:
             [B, T + 1] in nats, 0 after the end.
         """
-        inputs = torch.cat([self.start(whole), self.dropout(self.embedding(tokens))], 1)
+        words = self.embedding(tokens if given is None else given)
+        inputs = torch.cat([self.start(whole), self.dropout(words)], 1)
         targets = F.pad(tokens, (0, 1), value=END)  # [B, T + 1]
         states, _ = self.lstm(inputs)
         there = torch.arange(targets.shape[1], device=tokens.device) <= lengths[:, None]
@@ -101,9 +105,11 @@ class STREAM(Looks, Pretrained):
         found = F.cross_entropy(logits.float(), targets[there], reduction="none")
         return found.new_zeros(targets.shape).masked_scatter(there, found)
 
-    def loss(self, whole: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def loss(
+        self, whole: Tensor, tokens: Tensor, lengths: Tensor, *, given: Tensor | None = None
+    ) -> Tensor:
         """The mean of `nll` over all words and ends, as the published code takes it."""
-        return self.nll(whole, tokens, lengths).sum() / (lengths + 1).sum()
+        return self.nll(whole, tokens, lengths, given=given).sum() / (lengths + 1).sum()
 
     @torch.no_grad()
     def caption(

@@ -231,7 +231,7 @@ class MirrorGANRecipe(GANRecipe):
         config, damsm, stream = self.config, self.model.damsm, self.model.stream
         parts = {}
         # a CPU's bfloat16 makes these networks, of convolutions channel by channel, slower
-        precision = config.precision if self.device.type == "cuda" else "fp32"
+        precision: Precision = config.precision if self.device.type == "cuda" else "fp32"
         with autocast(precision, self.device):
             same = damsm.image_encoder.name == stream.image_encoder.name
             if config.damsm_weight or same:

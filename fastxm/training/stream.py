@@ -39,7 +39,9 @@ class STREAMRecipe(CaptionRecipe):
         return self.model.image_encoder
 
     def losses(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.model.loss(features, batch["tokens"], batch["lengths"])}
+        tokens, lengths = batch["tokens"], batch["lengths"]
+        # what was not told has to be seen in the picture
+        return {"loss": self.model.loss(features, tokens, lengths, given=batch.get("hidden"))}
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:

@@ -23,7 +23,7 @@ class LoopConfig:
     """When the loop stops and how often it writes; nothing here changes what is computed."""
 
     steps: int = 100_000
-    """Updates of the generator in all."""
+    """Updates in all, of a GAN those of its generator."""
     max_minutes: float | None = None
     """Stops after so many minutes of training, whichever comes first."""
     log_every: int = 50

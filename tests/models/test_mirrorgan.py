@@ -209,8 +209,25 @@ def test_other_vocabularies_are_refused():
         config(vocabulary=("red", "blue"))
 
 
+def test_text_of_unit_scale_counts_by_its_direction():
+    model = tiny(text_scale="unit")
+    text = model.text_encoder(["a red apple", "frog"])
+    noise = torch.randn(2, 11)
+    drawn = model.generator(noise, *text).images[2]
+    louder = 7 * text.words, 3 * text.sentence, text.lengths
+    torch.testing.assert_close(model.generator(noise, *louder).images[2], drawn)
+    network, images = model.discriminators[2], drawn.detach()
+    found = network(images, text.sentence)[1]
+    torch.testing.assert_close(network(images, 3 * text.sentence)[1], found)
+    raw = tiny()
+    assert not torch.equal(
+        raw.generator(noise, *louder).images[2], raw.generator(noise, *text).images[2]
+    )
+
+
 @pytest.mark.parametrize(
-    "fields", [{"image_size": 32}, {"gf": 0}, {"upsampling": "cubic"}, {"blocks": 0}]
+    "fields",
+    [{"text_scale": "big"}, {"image_size": 32}, {"gf": 0}, {"upsampling": "cubic"}, {"blocks": 0}],
 )
 def test_config_refuses(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
@@ -218,11 +235,13 @@ def test_config_refuses(fields):
 
 
 def test_compiles_without_a_graph_break():
-    model = tiny().train()
+    model = tiny()
     text = model.text_encoder(["a red apple", "frog"])
     noise = torch.randn(2, 11)
     compiled = torch.compile(model.generator, backend="eager", fullgraph=True)
-    model.eval()
-    torch.testing.assert_close(
-        compiled(noise, *text).images[2], model.generator(noise, *text).images[2]
-    )
+    drawn = model.generator(noise, *text).images[2].detach()
+    torch.testing.assert_close(compiled(noise, *text).images[2], drawn)
+    network = model.discriminators[2]
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    for ours, theirs in zip(compiled(drawn, text.sentence), network(drawn, text.sentence)):
+        torch.testing.assert_close(ours, theirs)

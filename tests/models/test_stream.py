@@ -41,6 +41,11 @@ def test_nll_is_of_every_word_and_the_end():
     expected = [surprise(model, whole[:1], [2, 3, 2]), surprise(model, whole[1:], [3])]
     torch.testing.assert_close(nll.sum(1), torch.stack(expected))
     torch.testing.assert_close(model.loss(whole, tokens, lengths), sum(expected) / 6)
+    # words that it is not told it still has to say: the first two places do not depend on them
+    given = torch.tensor([[2, 1, 1, 0], [3, 0, 0, 0]])
+    told = model.nll(whole, tokens, lengths, given=given)
+    torch.testing.assert_close(told[:, :2], nll[:, :2])
+    assert not torch.equal(told[0, 2], nll[0, 2])
     # what stands in the padding does not matter
     tokens[1, 1:] = 3
     later = model.nll(whole, tokens, lengths)[1, 0]

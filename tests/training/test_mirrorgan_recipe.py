@@ -83,14 +83,19 @@ def test_a_stage_without_a_cache_sees_the_same(folder, make):
     torch.testing.assert_close(*found)
 
 
-def test_a_resumed_stage_is_the_unbroken_one(folder, tmp_path):
-    whole = train(damsm(folder), tmp_path / "whole", LOOP)
-    train(damsm(folder), tmp_path / "parts", replace(LOOP, steps=1))
-    again = train(damsm(folder), tmp_path / "parts", LOOP, resume=True)
-    for name in ("metrics.jsonl", "held_out.jsonl", "model/model.safetensors"):
-        if (whole.out / name).exists():
-            last = (again.out / name).read_bytes()
-            assert last.endswith((whole.out / name).read_bytes()[-200:]), name
+@pytest.mark.parametrize("make", [damsm, stream])
+def test_a_resumed_stage_is_the_unbroken_one(folder, tmp_path, make):
+    whole = train(make(folder, unknown=0.2), tmp_path / "whole", LOOP)
+    train(make(folder, unknown=0.2), tmp_path / "parts", replace(LOOP, steps=1))
+    again = train(make(folder, unknown=0.2), tmp_path / "parts", LOOP, resume=True)
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):
+        assert (again.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+    last = [(run.out / "held_out.jsonl").read_text().splitlines()[-1] for run in (whole, again)]
+    assert last[0] == last[1]
+    # taken up once more where it ended, it writes the same once more, and not twice
+    ended = (again.out / "held_out.jsonl").read_bytes()
+    train(make(folder, unknown=0.2), tmp_path / "parts", LOOP, resume=True)
+    assert (again.out / "held_out.jsonl").read_bytes() == ended
 
 
 def test_hidden_words_are_unknown_and_padding_is_not():
@@ -162,7 +167,16 @@ def test_wrong_pairs_are_of_other_concepts(folder, stages):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("fields", [{}, {"stream_weight": 0.0}, {"damsm_weight": 1.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"stream_weight": 0.0},
+        {"damsm_weight": 1.0},
+        {"precision": "bf16", "damsm_weight": 1.0},
+        {"precision": "fp16"},
+    ],
+)
 def test_a_step_moves_every_player_and_no_frozen_network(folder, stages, fields):
     ours = recipe(folder, stages, **fields)
     ours.build()
