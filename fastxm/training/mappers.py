@@ -116,12 +116,13 @@ class MMDMapper(Mapper):
 class MMDGANMapper(Mapper):
     """Descends what an autoencoding critic ascends.
 
-    The critic's encoder is clamped before each of its updates: 100 of them for an update of the map
-    at first and from time to time, else 5.
+    The critic's encoder is clamped before each of its updates, of which `schedule` has so many to
+    one of the map at its first 25 and every 500th, and so many else.
     """
 
     autoencoder_weight: ClassVar[float]
     lr: ClassVar[float]
+    schedule: tuple[int, int] = (100, 5)
 
     def build(self) -> None:
         source, target = self.widths
@@ -141,7 +142,8 @@ class MMDGANMapper(Mapper):
 
     @property
     def critic_steps(self) -> int:
-        return 100 if self.updates < 25 or self.updates % 500 == 0 else 5
+        many, few = self.schedule
+        return many if self.updates < 25 or self.updates % 500 == 0 else few
 
     def step(self, real: Source, source: Source) -> dict[str, Tensor]:
         critic = self.players["critic"].network

@@ -27,7 +27,7 @@ from fastxm.models.text_autoencoder import TextAutoencoder
 from fastxm.ops import info_nce, mmd2
 from fastxm.ops.mmd import RBF
 from fastxm.training.draws import Draws
-from fastxm.training.mappers import MAPPERS, Mapper
+from fastxm.training.mappers import MAPPERS, Mapper, MMDGANMapper
 from fastxm.training.precision import pick_device, seed_all
 from fastxm.training.recipe import Recipe, Samples, State
 from fastxm.training.trainer import LoopConfig
@@ -47,6 +47,8 @@ class MappingTraining:
     """Codes of each side in an update."""
     lr_scale: float = 1.0
     """Factor of the published step sizes."""
+    critic_steps: tuple[int, int] = (100, 5)
+    """Updates of MMD-GAN's critic to one of the map: at its first 25 and every 500th, and else."""
     bandwidths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
     """Of the kernel, a sum of Gaussians."""
     stochastic: bool = True
@@ -71,6 +73,8 @@ class MappingTraining:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not self.lr_scale > 0:
             raise ValueError(f"lr_scale must be above 0, not {self.lr_scale}")
+        if len(self.critic_steps) != 2 or min(self.critic_steps) < 1:
+            raise ValueError(f"critic_steps are two, each at least 1, not {self.critic_steps}")
         if not self.bandwidths or not all(width > 0 for width in self.bandwidths):
             raise ValueError(f"bandwidths are above 0, not {self.bandwidths}")
         if self.anchor not in ("none", "l2", "info_nce"):
@@ -209,6 +213,9 @@ class MappingRecipe(Recipe):
             name: make(getattr(self.model, name), kernel, config.lr_scale)
             for name, make in MAPPERS[self.family].items()
         }
+        for mapper in self.mappers.values():
+            if isinstance(mapper, MMDGANMapper):
+                mapper.schedule = config.critic_steps
         self.players = {
             f"{name}_{role}": player
             for name, mapper in self.mappers.items()

@@ -161,6 +161,8 @@ def test_the_critic_s_schedule_and_clamp(monkeypatch):
     for ours.updates in (0, 24, 25, 499, 500, 501):
         planned.append(ours.critic_steps)
     assert planned == [100, 100, 5, 5, 100, 5]
+    ours.schedule = (20, 5)
+    assert ours.critic_steps == 5
     ours.step(rows(8, 4), rows(8, 6))
     assert done == ["critic"] * 5 + ["mapper"]
     assert ours.updates == 502
@@ -307,8 +309,8 @@ def test_anchors_are_their_losses():
 @pytest.mark.parametrize(
     "fields",
     [{"families": ("vae",)}, {"families": ()}, {"families": ("mmd", "mmd")}, {"batch_size": 1},
-     {"lr_scale": 0}, {"bandwidths": (0.0,)}, {"anchor": "mse"}, {"anchor_pairs": 1},
-     {"anchor_weight": -1}],
+     {"lr_scale": 0}, {"critic_steps": (0, 5)}, {"bandwidths": (0.0,)}, {"anchor": "mse"},
+     {"anchor_pairs": 1}, {"anchor_weight": -1}],
 )  # fmt: skip
 def test_mapping_refuses(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
