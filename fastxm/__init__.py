@@ -11,6 +11,8 @@ __version__ = metadata.version("fastxm")
 HOMES = {
     "XMCGAN": "fastxm.models.xmcgan",
     "XMCGANConfig": "fastxm.models.xmcgan",
+    "CrossModalAutoencoder": "fastxm.models.selfsup",
+    "CrossModalConfig": "fastxm.models.selfsup",
     "MirrorGAN": "fastxm.models.mirrorgan",
     "MirrorGANConfig": "fastxm.models.mirrorgan",
     "DAMSM": "fastxm.encoders.damsm",

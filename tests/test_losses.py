@@ -1,5 +1,6 @@
 import importlib.util
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,63 @@ def test_cached_step_holds_one_chunk():
     direct, cached = (peak_bytes(lambda step=step: step(*given))
                       for step in (direct_step, losses.cached_step))  # fmt: skip
     assert cached < direct / 8
+
+
+def test_logistic_losses_are_binary_cross_entropy():
+    logits = torch.randn(7, dtype=torch.float64) * 5
+    p = logits.sigmoid()
+    close = partial(torch.testing.assert_close, check_dtype=False)
+    close(losses.bce(logits, True), -p.log().mean(), rtol=1e-5, atol=0)
+    close(losses.bce(logits, False), -(1 - p).log().mean(), rtol=1e-5, atol=0)
+    assert losses.bce(torch.tensor([200.0]), False) == 200
+
+
+def test_kl_of_gaussians_is_that_of_their_densities():
+    mean, log_variance = torch.randn(2, 3), torch.randn(2, 3)
+    made = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = torch.distributions.kl_divergence(made, torch.distributions.Normal(0, 1)).mean()
+    torch.testing.assert_close(losses.kl_normal(mean, log_variance), expected)
+
+
+def test_colour_consistency_is_of_means_and_covariances():
+    a, b = torch.rand(2, 3, 5, 4), torch.rand(2, 3, 2, 2)
+    expected = torch.zeros(())
+    for x, y in zip(a, b):
+        mx, my = x.flatten(1).mean(1), y.flatten(1).mean(1)
+        cx, cy = (torch.cov(t.flatten(1), correction=0) for t in (x, y))
+        expected = expected + ((mx - my) ** 2).mean() / 2 + 5 * ((cx - cy) ** 2).mean() / 2
+    torch.testing.assert_close(losses.colour_consistency(a, b), expected)
+    order = torch.randperm(20)
+    shuffled = a.flatten(2)[:, :, order].view_as(a)
+    torch.testing.assert_close(losses.colour_consistency(shuffled, b), expected)
+
+
+def mmd_gan_by_hand(fx, fy, sigmas=(1, 2, 4, 8, 16), weight=16.0, eps=1e-8):
+    """The objective from its definition in float64, pair by pair."""
+
+    def k(a, b):
+        return sum(math.exp(-((a - b) ** 2).sum().item() / (2 * s * s)) for s in sigmas)
+
+    fx, fy = fx.double(), fy.double()
+    mmd = sum(k(a, b) for a in fx for b in fx) / len(fx) ** 2
+    mmd += sum(k(a, b) for a in fy for b in fy) / len(fy) ** 2
+    mmd -= 2 * sum(k(a, b) for a in fx for b in fy) / (len(fx) * len(fy))
+    gaps = [(fx[:, j].mean() - fy[:, j].mean()).item() for j in range(fx.shape[1])]
+    h = -sum(max(0.0, -gap) for gap in gaps) / len(gaps)
+    return math.sqrt(max(mmd, 0.0) + eps) + weight * h
+
+
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 0.7])
+def test_the_mmd_gan_objective_is_its_formula(shift):
+    fx, fy = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64) + shift
+    expected = mmd_gan_by_hand(fx, fy)
+    assert losses.mmd_gan_g(fx, fy).item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert losses.mmd_gan_g(fx.float(), fy.float()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_mmd_gan_objective_s_gradient():
+    fx, fy = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (5, 4))
+    assert torch.autograd.gradcheck(losses.mmd_gan_g, (fx, fy))
+    same = fx.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(losses.mmd_gan_g(same, fx.detach()), same)
+    assert gradient.isfinite().all()  # where the bare root's is not

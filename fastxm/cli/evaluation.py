@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from fastxm.models.text_to_image import TextToImage
 
 
-MODELS = {"xmcgan": "XMCGAN", "mirrorgan": "MirrorGAN"}
+MODELS = {
+    "xmcgan": "XMCGAN",
+    "mirrorgan": "MirrorGAN",
+    "selfsup": "CrossModalAutoencoder",
+}
 
 
 def load(path: Path, device: str) -> "TextToImage":
@@ -52,7 +56,8 @@ def evaluate(arguments: list[str]) -> None:
     ) -> None:
         """Measure a model: EffLite0-FD against pictures, and whether pictures find their captions.
 
-        Of MirrorGAN also R-precision by its DAMSM, and what its captioner says of its pictures.
+        Of MirrorGAN also R-precision by its DAMSM, and what its captioner says of its pictures;
+        of a self-supervised run its autoencoders, its maps and its captions.
 
         Args:
             model: a run's directory, or a model's.
@@ -76,12 +81,15 @@ def evaluate(arguments: list[str]) -> None:
         judge = judge.to(generator.device)
         found = evaluation.evaluate(generator, judge, data, num_images=num_images, seed=seed)
         show(found)
+        told: dict[str, Any] = {}
         if isinstance(generator, fastxm.MirrorGAN):
             told = evaluation.evaluate_redescription(
                 generator, data, num_images=num_images, seed=seed
             )
-            show_redescription(told)
-            found |= told
+        elif isinstance(generator, fastxm.CrossModalAutoencoder):
+            told = evaluation.evaluate_selfsup(model, data, seed=seed, device=device)
+        show_tables(told)
+        found |= told
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             asked = {"data": data, "num_images": num_images, "seed": seed}
@@ -137,11 +145,15 @@ def show(found: dict[str, dict[str, Any]]) -> None:
     console.print(retrieval)
 
 
-def show_redescription(found: dict[str, dict[str, Any]]) -> None:
-    """The tables of what `evaluate_redescription` measured."""
+def show_tables(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Tables of figures: by title, by row, by column."""
     for title, rows in found.items():
-        names = list(next(iter(rows.values())))
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
         table = Table(title, *(Column(name, justify="right") for name in names))
         for name, row in rows.items():
-            table.add_row(name, *(f"{row[figure]:.4g}" for figure in names))
+            table.add_row(name, *(written(row.get(column)) for column in names))
         Console().print(table)
+
+
+def written(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -22,17 +22,20 @@ SYSTEMS = {
     "mirrorgan": ("MirrorGANRecipe", "MirrorGANTraining", "cpu-demo"),
     "damsm": ("DAMSMRecipe", "DAMSMTraining", "cpu-demo"),
     "stream": ("STREAMRecipe", "STREAMTraining", "cpu-demo"),
+    "selfsup": ("", "SelfSupTraining", "cpu-demo"),
 }
 STAGES = ("damsm", "stream")  # of MirrorGAN, before its own
 
 
 def train(arguments: list[str]) -> None:
-    """Train a system: xmcgan, mirrorgan or its stages damsm and stream, or dual-encoder."""
+    """Train a system: xmcgan, mirrorgan (or its stage damsm or stream), selfsup, dual-encoder."""
     systems = [*SYSTEMS, "dual-encoder"]
     if not arguments or arguments[0] in ("-h", "--help"):
         say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {', '.join(systems)}")
     elif arguments[0] == "dual-encoder":
         train_dual_encoder(arguments[1:])
+    elif arguments[0] == "selfsup":
+        train_selfsup(arguments[1:])
     elif arguments[0] in SYSTEMS:
         train_system(arguments[0], arguments[1:])
     else:
@@ -147,6 +150,39 @@ def ended(folder: Path, loop: Any) -> bool:
     kept = checkpoint.steps(folder / "checkpoints")
     steps = int(kept[-1].name.removeprefix(checkpoint.PREFIX)) if kept else 0
     return steps >= loop.steps and (folder / "model" / "config.json").is_file()
+
+
+def train_selfsup(arguments: list[str]) -> "list[Run]":
+    """Train the self-supervised system, all stages in order."""
+    from fastxm.training.selfsup import SelfSupTraining
+    from fastxm.training.selfsup import train_selfsup as fit
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        """Train the self-supervised system; flags override the preset or the run to resume."""
+
+        config: Annotated[SelfSupTraining, tyro.conf.arg(name="")]
+        preset: str
+        """A named configuration."""
+        out: Path
+        """The run's directory."""
+        resume: bool = False
+        """Go on with the stages that are not done; other families or anchors become stages too."""
+
+    values, preset, out, where = base("selfsup", arguments)
+    default = Arguments(configs.construct(SelfSupTraining, values, where), preset, out)
+    asked = parse(Arguments, "train selfsup", arguments, default=default)
+    runs = fit(asked.config, asked.out, resume=asked.resume)
+    for run in runs:
+        state = "interrupted" if run.interrupted else "done"
+        say(f"{run.out.name:24} {state} after {run.step} steps, {run.seconds / 60:.1f} minutes")
+        if run.grid:
+            say(f"{'':24} sample grid: {run.grid}")
+    if runs[-1].interrupted:
+        say(f"go on with the same command and --resume --out {asked.out}")
+    else:
+        say(f"model:  {asked.out / 'model'}")
+    return runs
 
 
 def finish(run: "Run", out: Path) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from fastxm.encoders.bert import BERT, TextBatch, minilm_directory
-from fastxm.encoders.efficientnet import EfficientNetLite0, read
+from fastxm.encoders.efficientnet import EfficientNetLite0, EfficientNetLite0Layout, read
 from fastxm.encoders.inception import InceptionV3
+from fastxm.encoders.resnet import ResNet50
 
-__all__ = ["BERT", "EfficientNetLite0", "InceptionV3", "TextBatch", "image_encoder", "text_encoder"]
+__all__ = ["BERT", "EfficientNetLite0", "EfficientNetLite0Layout", "InceptionV3", "ResNet50",
+           "TextBatch", "image_encoder", "text_encoder"]  # fmt: skip
 
 
 def text_encoder(source: str | os.PathLike[str] = "minilm", **options: Any) -> BERT:
@@ -25,11 +27,13 @@ def text_encoder(source: str | os.PathLike[str] = "minilm", **options: Any) -> B
 
 def image_encoder(
     source: str | os.PathLike[str] = "efficientnet-lite0", **options: Any
-) -> EfficientNetLite0 | InceptionV3:
+) -> EfficientNetLite0 | InceptionV3 | ResNet50:
     """A frozen image encoder: pooled features, `features` at several scales, `logits`.
 
     Args:
-        source: "efficientnet-lite0", or a file of weights, its own or torchvision's Inception-v3.
+        source: "efficientnet-lite0", or "efficientnet-lite0-layout", whose features also say where
+            things are; or a file of weights, of the first or of torchvision's Inception-v3 or
+            ResNet-50.
         options: `image_size`, of the encoder.
 
     Raises:
@@ -38,9 +42,13 @@ def image_encoder(
     """
     if source == "efficientnet-lite0":
         return EfficientNetLite0(**options)
+    if source == "efficientnet-lite0-layout":
+        return EfficientNetLite0Layout(**options)
     if not Path(source).is_file():
         raise FileNotFoundError(f"an image encoder is efficientnet-lite0 or a file, not {source}")
     state = read(source)
     if "Mixed_6e.branch1x1.conv.weight" in state:
         return InceptionV3(state, **options)
+    if "layer4.2.conv3.weight" in state:
+        return ResNet50(state, **options)
     return EfficientNetLite0(source, **options)

@@ -6,4 +6,5 @@ from fastxm.evaluation.metrics import FeatureStatistics as FeatureStatistics
 from fastxm.evaluation.metrics import frechet_distance as frechet_distance
 from fastxm.evaluation.metrics import retrieval_recall as retrieval_recall
 from fastxm.evaluation.redescription import evaluate_redescription as evaluate_redescription
+from fastxm.evaluation.selfsup import evaluate_selfsup as evaluate_selfsup
 from fastxm.evaluation.text import bleu as bleu

@@ -106,8 +106,21 @@ def retrieval_recall(
         ks: cut-offs.
 
     Returns:
-        {k: recall in [0, 1]}. A wrong key as near as the nearest right one counts as nearer:
-        queries that are all alike earn nothing.
+        {k: recall in [0, 1]}.
+    """
+    rank = retrieval_rank(query, keys, truth)
+    return {k: (rank < k).double().mean().item() for k in ks}
+
+
+def retrieval_rank(query: Tensor, keys: Tensor, truth: Tensor) -> Tensor:
+    """How many wrong keys are nearer to each query, by cosine, than its nearest right one.
+
+    Args:
+        query, keys, truth: as of `retrieval_recall`.
+
+    Returns:
+        int64 [Q], 0 where a right key is the nearest. A wrong key as near as the nearest right one
+        counts as nearer: queries that are all alike earn nothing.
     """
     truth = truth.to(query.device)
     if truth.ndim == 1:
@@ -120,8 +133,7 @@ def retrieval_recall(
     scores = unit(query.double(), dim=1) @ unit(keys.double(), dim=1).T  # [Q, M]
     best = scores.masked_fill(~truth, -torch.inf).amax(1, keepdim=True)
     # cosines of equal rows may differ in their last bits
-    rank = ((scores >= best - 1e-9) & ~truth).sum(1)
-    return {k: (rank < k).double().mean().item() for k in ks}
+    return ((scores >= best - 1e-9) & ~truth).sum(1)
 
 
 def class_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:

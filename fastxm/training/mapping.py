@@ -1,0 +1,281 @@
+"""The maps' training: both directions of a family side by side, between frozen codes.
+
+Codes of pictures and of captions are drawn apart, each from its own table by its own generator:
+no pair enters a loss. With an anchor, a given number of pairs does.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fastxm.data import open_dataset
+from fastxm.data.cache import file_digest
+from fastxm.data.subsets import principal
+from fastxm.models.codes import Codes
+from fastxm.models.image_autoencoder import ImageAutoencoder
+from fastxm.models.selfsup import CrossModalAutoencoder, CrossModalConfig, Family
+from fastxm.models.text_autoencoder import TextAutoencoder
+from fastxm.ops import info_nce, mmd2
+from fastxm.ops.mmd import RBF
+from fastxm.training.draws import Draws
+from fastxm.training.mappers import MAPPERS, Mapper, MMDGANMapper
+from fastxm.training.precision import pick_device, seed_all
+from fastxm.training.recipe import Recipe, Samples, State
+from fastxm.training.trainer import LoopConfig
+
+MEASURED = 1024  # codes of each side that MMD is measured of
+ANCHOR_SHARPNESS = 10.0  # factor of the cosines of the InfoNCE anchor
+
+
+@dataclass(frozen=True)
+class MappingTraining:
+    """What decides a training of the maps."""
+
+    families: tuple[Family, ...] = ("mmd_gan",)
+    """"mmd_gan", "gan" (a WGAN to images) and "mmd", each a stage; the first is the model's."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    batch_size: int = 64
+    """Codes of each side in an update."""
+    lr_scale: float = 1.0
+    """Factor of the published step sizes."""
+    critic_steps: tuple[int, int] = (100, 5)
+    """Updates of MMD-GAN's critic to one of the map: at its first 25 and every 500th, and else."""
+    bandwidths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    """Of the kernel, a sum of Gaussians."""
+    stochastic: bool = True
+    """Draw a picture's code from its Gaussian; else its mean stands for it."""
+    standardise: bool = True
+    """Maps take codes less their mean, over their spread: codes that differ little from one another
+    are else all mapped to about the same. Released: as they are."""
+    anchor: Literal["none", "l2", "info_nce"] = "none"
+    """What draws the codes of given pairs together."""
+    anchor_pairs: int = 200
+    """How many pairs are given."""
+    anchor_weight: float = 1.0
+    """Weight of the anchor in each update of a map."""
+
+    def __post_init__(self) -> None:
+        if not self.families or set(self.families) - set(MAPPERS):
+            raise ValueError(f"families are some of {', '.join(MAPPERS)}, not {self.families}")
+        if len(set(self.families)) < len(self.families):
+            raise ValueError(f"families come once each, not {self.families}")
+        for name, least in {"batch_size": 2, "anchor_pairs": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not self.lr_scale > 0:
+            raise ValueError(f"lr_scale must be above 0, not {self.lr_scale}")
+        if len(self.critic_steps) != 2 or min(self.critic_steps) < 1:
+            raise ValueError(f"critic_steps are two, each at least 1, not {self.critic_steps}")
+        if not self.bandwidths or not all(width > 0 for width in self.bandwidths):
+            raise ValueError(f"bandwidths are above 0, not {self.bandwidths}")
+        if self.anchor not in ("none", "l2", "info_nce"):
+            raise ValueError(f"anchor is none, l2 or info_nce, not {self.anchor!r}")
+        if not self.anchor_weight >= 0:
+            raise ValueError(f"anchor_weight must be at least 0, not {self.anchor_weight}")
+
+    def stage(self, family: str) -> str:
+        """The name of the directory of a family's stage."""
+        anchored = "" if self.anchor == "none" else f"-{self.anchor}-{self.anchor_pairs}"
+        return f"mapping-{family}{anchored}"
+
+
+class CodeDraws:
+    """Batches of codes of pictures and, apart from them, of captions; a step takes what it needs.
+
+    Args:
+        codes: what is drawn.
+        batch_size: B.
+        stochastic: draw a picture's code from its Gaussian, by the global generator.
+        seed: of the two generators.
+    """
+
+    def __init__(self, codes: Codes, batch_size: int, *, stochastic: bool = True, seed: int = 0):
+        self.codes, self.stochastic = codes, stochastic
+        self.images = Draws(codes.image_weight, batch_size, seed=2 * seed)
+        self.texts = Draws(codes.text_weight, batch_size, seed=2 * seed + 1)
+
+    def image(self) -> Tensor:
+        """The next codes of pictures, [B, D]."""
+        rows = next(self.images)
+        if not self.stochastic:
+            return self.codes.mean[rows]
+        return self.codes.image(rows)
+
+    def text(self) -> Tensor:
+        """The next codes of captions, [B, E]."""
+        return self.codes.text[next(self.texts)]
+
+    def __iter__(self) -> Iterator[Self]:
+        while True:
+            yield self
+
+    def state_dict(self) -> State:
+        return {"images": self.images.state_dict(), "texts": self.texts.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        self.images.load_state_dict(state["images"])
+        self.texts.load_state_dict(state["texts"])
+
+
+class Anchor:
+    """A loss on given pairs of codes.
+
+    Args:
+        kind: "l2", the mean squared error; or "info_nce", each row to find its own by its cosine.
+        source, target: [P, A] and [P, D].
+        weight: of the loss.
+        batch_size: pairs in an update, at most.
+    """
+
+    def __init__(self, kind: str, source: Tensor, target: Tensor, weight: float, batch_size: int):
+        self.kind, self.source, self.target, self.weight = kind, source, target, weight
+        self.batch_size = batch_size
+
+    def __call__(self, network: nn.Module) -> Tensor:
+        rows = torch.randperm(len(self.source))[: self.batch_size]
+        mapped, target = network(self.source[rows]), self.target[rows]
+        if self.kind == "l2":
+            return self.weight * F.mse_loss(mapped, target)
+        return self.weight * info_nce(mapped, target, ANCHOR_SHARPNESS, normalize=True)
+
+
+class MappingRecipe(Recipe):
+    """Both maps of a family as the loop sees them; a step updates each once.
+
+    Args:
+        config: of the training.
+        family: which.
+        image, text: directories of the autoencoders.
+        data: "emoji", or a folder of captioned pictures.
+        device: auto, cpu or cuda.
+        seed: of weights and of the order of codes.
+        samples: captions in a sample grid.
+    """
+
+    system = "mapping"
+    batches: CodeDraws
+    unbound = ("loop", "families")
+
+    def __init__(
+        self,
+        config: MappingTraining,
+        family: Family,
+        image: Path,
+        text: Path,
+        data: str,
+        device: str,
+        seed: int,
+        samples: int = 16,
+    ) -> None:
+        self.config, self.family, self.image, self.text = config, family, image, text
+        self.data, self.seed, self.samples = data, seed, samples
+        self.device = pick_device(device)
+        self.images_per_step = config.batch_size
+
+    def identity(self) -> dict[str, Any]:
+        stands_on = {
+            part: file_digest(folder / "model.safetensors")[:12]
+            for part, folder in {"image": self.image, "text": self.text}.items()
+        }
+        made = {"family": self.family, "data": self.data, "seed": self.seed}
+        return {**super().identity(), **made, **stands_on}
+
+    def build(self) -> None:
+        config = self.config
+        seed_all(self.seed, self.device)
+        image = ImageAutoencoder.from_pretrained(self.image)
+        text = TextAutoencoder.from_pretrained(self.text)
+        made_of = CrossModalConfig(image=image.config, text=text.config, family=self.family)
+        self.model = CrossModalAutoencoder(made_of)
+        self.model.image.load_state_dict(image.state_dict())
+        self.model.text.load_state_dict(text.state_dict())
+        self.model.to(self.device).eval()
+        whole = open_dataset(self.data, image.config.image_size, "train")
+        self.dataset = whole.select(principal(whole))
+        self.codes = Codes.of(self.dataset, self.model.image, self.model.text)
+        self.batches = CodeDraws(
+            self.codes, config.batch_size, stochastic=config.stochastic, seed=self.seed
+        )
+        if config.standardise:
+            self.model.image_to_text[0].fit(self.codes.mean)  # type: ignore[operator]
+            self.model.text_to_image[0].fit(self.codes.text)  # type: ignore[operator]
+        kernel = RBF(config.bandwidths)
+        self.mappers: dict[str, Mapper] = {
+            name: make(getattr(self.model, name), kernel, config.lr_scale)
+            for name, make in MAPPERS[self.family].items()
+        }
+        for mapper in self.mappers.values():
+            if isinstance(mapper, MMDGANMapper):
+                mapper.schedule = config.critic_steps
+        self.players = {
+            f"{name}_{role}": player
+            for name, mapper in self.mappers.items()
+            for role, player in mapper.players.items()
+        }
+        if config.anchor != "none":
+            self.set_anchors()
+        self.before = self.measure()
+
+    def set_anchors(self) -> None:
+        """Gives the maps the pairs: pictures drawn by weight, each with one of its captions."""
+        config, count = self.config, min(self.config.anchor_pairs, len(self.dataset))
+        source = np.random.default_rng(self.seed)
+        chance = self.dataset.weights / self.dataset.weights.sum()
+        rows = source.choice(len(self.dataset), count, replace=False, p=chance)
+        captions = [source.choice(self.dataset.captions[row]).item() for row in rows]
+        image, text = self.codes.mean[torch.from_numpy(rows)], self.model.text.embed(captions)
+        make = partial(Anchor, config.anchor, weight=config.anchor_weight)
+        size = config.batch_size
+        self.mappers["image_to_text"].anchor = make(image, text, batch_size=size)
+        self.mappers["text_to_image"].anchor = make(text, image, batch_size=size)
+
+    def step(self, batch: CodeDraws) -> dict[str, Tensor]:
+        metrics = self.mappers["image_to_text"].step(batch.text, batch.image)
+        found = {f"{name}_to_text": value for name, value in metrics.items()}
+        metrics = self.mappers["text_to_image"].step(batch.image, batch.text)
+        return {**found, **{f"{name}_to_image": value for name, value in metrics.items()}}
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Unbiased MMD^2 of mapped codes and true ones, in the default kernel; draws on its own."""
+        state = torch.random.get_rng_state()
+        torch.random.manual_seed(self.seed)
+        draws = CodeDraws(self.codes, MEASURED, stochastic=self.config.stochastic, seed=12345)
+        found = {}
+        for name, mapper in self.mappers.items():
+            real, fake = draws.text(), draws.image()
+            if name == "text_to_image":
+                real, fake = draws.image(), draws.text()
+            found[name] = mmd2(real, mapper.network(fake), estimator="unbiased").item()
+        torch.random.set_rng_state(state)
+        return found
+
+    @torch.no_grad()
+    def sample(self) -> Samples:
+        rows = [len(self.dataset) * k // self.samples for k in range(self.samples)]
+        captions = [self.dataset.captions[row][0] for row in rows]
+        return Samples(self.model.generate(captions, seed=self.seed), captions)
+
+    def state_dict(self) -> State:
+        updates = {name: mapper.updates for name, mapper in self.mappers.items()}
+        return {**super().state_dict(), "updates": updates}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        for name, mapper in self.mappers.items():
+            mapper.updates = state["updates"][name]
+
+    def export(self, directory: Path) -> None:
+        self.model.save_pretrained(directory)
+        found = {"kernel": "RBF(1, 2, 4, 8, 16), unbiased", "rows": MEASURED}
+        found = {**found, "before": self.before, "after": self.measure()}
+        (directory / "mmd2.json").write_text(json.dumps(found, indent=1) + "\n")
