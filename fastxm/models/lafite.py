@@ -11,14 +11,20 @@ counts and values are those of the released code.)
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from fastxm.models.pretrained import Pretrained
+from fastxm.models.text_to_image import TextToImage
+from fastxm.nn.directions import NOISES, Gaussian, Heads
 from fastxm.nn.stylegan import (
     EqualConv2d,
     EqualLinear,
@@ -43,6 +49,12 @@ class LAFITEConfig:
         channel_base, channel_max: channels are min(channel_base / size, channel_max).
         logit: the text's part of a logit, "sample": its own inner product; "batch": the sum over
             the batch, as the released code has it.
+        xi: length of the noise that makes a text embedding of a picture's: their cosine is
+            1 / sqrt(1 + xi²), which for true pairs of CLIP is 0.3.
+        noise: uniform on the "sphere" (the released code), or "gaussian".
+        perturbation: "fixed", that noise; "trained", a shift and scales that a network gives.
+        hidden: width of that network's hidden layers.
+        encoder: a directory of the joint encoder, where it is not saved with the model.
     """
 
     image_size: int = 256
@@ -53,19 +65,35 @@ class LAFITEConfig:
     channel_base: int = 32768
     channel_max: int = 512
     logit: str = "sample"
+    xi: float = 3.0
+    noise: str = "sphere"
+    perturbation: str = "fixed"
+    hidden: int = 1024
+    encoder: str = ""
 
     def __post_init__(self) -> None:
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
             raise ValueError(f"image_size is a power of two from 8 on, not {self.image_size}")
-        if self.logit not in ("sample", "batch"):
-            raise ValueError(f"logit is one of ('sample', 'batch'), not {self.logit!r}")
-        for name in ("embedding", "z_dim", "w_dim", "mapping_layers", "channel_max"):
+        for name, allowed in self.choices().items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)!r}")
+        for name in ("embedding", "z_dim", "w_dim", "mapping_layers", "channel_max", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        if not self.xi > 0:
+            raise ValueError(f"xi is above 0, not {self.xi}")
         if self.channel_base < self.image_size:
             raise ValueError(
                 f"channel_base is at least image_size, {self.image_size}, not {self.channel_base}"
             )
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """What each named option may be."""
+        return {
+            "logit": ("sample", "batch"),
+            "noise": NOISES,
+            "perturbation": ("fixed", "trained"),
+        }
 
     @property
     def sizes(self) -> list[int]:
@@ -110,20 +138,28 @@ class StyledConv(nn.Module):
     Args:
         config: of the model.
         c_in, c_out: channels.
+        size: side of the output.
         up: double the size.
     """
 
-    def __init__(self, config: LAFITEConfig, c_in: int, c_out: int, *, up: bool = False) -> None:
+    grain: Tensor
+
+    def __init__(
+        self, config: LAFITEConfig, c_in: int, c_out: int, size: int, *, up: bool = False
+    ) -> None:
         super().__init__()
         self.style = Style(config.condition, config.w_dim, c_in)
         self.conv = ModulatedConv2d(c_in, c_out, 3, up=up)
+        self.register_buffer("grain", torch.randn(size, size))
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(c_out))
 
-    def forward(self, x: Tensor, w: Tensor, text: Tensor, noise: bool) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, text: Tensor, noise: str) -> Tensor:
         x = self.conv(x, self.style(w, text))
-        if noise:
-            grain = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+        if noise != "none":
+            grain = self.grain.to(x.dtype)
+            if noise == "random":
+                grain = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
             x = x + grain * self.noise_strength.to(x.dtype)
         return bias_act(x, self.bias)
 
@@ -146,15 +182,16 @@ class ToRGB(nn.Module):
 class Block(nn.Module):
     """The layers of one size: doubling (not at the first), a convolution, colours."""
 
-    def __init__(self, config: LAFITEConfig, c_in: int, c_out: int, *, up: bool = True) -> None:
+    def __init__(self, config: LAFITEConfig, c_in: int, c_out: int, size: int) -> None:
         super().__init__()
-        self.up = StyledConv(config, c_in, c_out, up=True) if up else None
-        self.conv = StyledConv(config, c_out, c_out)
+        up = size > 4
+        self.up = StyledConv(config, c_in, c_out, size, up=True) if up else None
+        self.conv = StyledConv(config, c_out, c_out, size)
         self.to_rgb = ToRGB(config, c_out)
         self.layers = 1 + up
 
     def forward(
-        self, x: Tensor, rgb: Tensor | None, ws: Sequence[Tensor], text: Tensor, noise: bool
+        self, x: Tensor, rgb: Tensor | None, ws: Sequence[Tensor], text: Tensor, noise: str
     ) -> tuple[Tensor, Tensor]:
         """x, the picture so far and layers + 1 rows of w -> x and the picture at this size."""
         if self.up is not None:
@@ -197,14 +234,17 @@ class Generator(nn.Module):
         channels = config.channels
         self.const = nn.Parameter(torch.randn(channels[0], 4, 4))
         pairs = [(channels[0], channels[0]), *pairwise(channels)]
-        self.blocks = nn.ModuleList(Block(config, *pair, up=i > 0) for i, pair in enumerate(pairs))
+        self.blocks = nn.ModuleList(
+            Block(config, *pair, size) for pair, size in zip(pairs, config.sizes)
+        )
         self.num_ws = 2 * len(channels)
 
-    def synthesis(self, ws: Tensor, text: Tensor, *, noise: bool = True) -> Tensor:
+    def synthesis(self, ws: Tensor, text: Tensor, *, noise: str | None = None) -> Tensor:
         """Pictures of w [B, num_ws, w_dim] and text [B, condition]: [B, 3, S, S], about [-1, 1].
 
         The colours of a size share their row of w with the next size's first convolution.
         """
+        noise = noise or ("random" if self.training else "const")
         x = self.const.expand(len(ws), *self.const.shape)
         rows, at, rgb = ws.unbind(1), 0, None
         for block in self.blocks:
@@ -213,13 +253,14 @@ class Generator(nn.Module):
         assert rgb is not None
         return rgb
 
-    def forward(self, z: Tensor, text: Tensor, *, noise: bool = True) -> Tensor:
+    def forward(self, z: Tensor, text: Tensor, *, noise: str | None = None) -> Tensor:
         """Pictures of the texts.
 
         Args:
             z: [B, z_dim], standard normal.
             text: [B, condition], unit rows.
-            noise: add noise to the layers.
+            noise: added to the layers: "random", the default in training; "const", the same for
+                every picture, the default in evaluation; or "none".
 
         Returns:
             [B, 3, S, S], nominally in [-1, 1], at least float32.
@@ -287,3 +328,92 @@ class Discriminator(nn.Module):
             if self.config.logit == "batch":
                 matched = matched.sum()
         return DiscriminatorOutput(realness + matched, semantic, realness)
+
+
+class LAFITE(TextToImage):
+    """LAFITE: `generate` draws pictures of captions, by their embeddings alone.
+
+    The joint encoder of text and pictures is attached; a `DualEncoder` is saved with the model, in
+    its subfolder `encoder`, of a CLIP the config keeps the directory.
+
+    Args:
+        config: of both networks.
+    """
+
+    model_type: ClassVar[str] = "lafite"
+    config_class: ClassVar[type[LAFITEConfig]] = LAFITEConfig
+    config: LAFITEConfig
+
+    def __init__(self, config: LAFITEConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or self.config_class()
+        self.generator = Generator(self.config)
+        self.discriminator = Discriminator(self.config)
+        if self.config.perturbation == "trained":
+            width = self.config.embedding
+            self.perturbation = Heads(width, width, self.config.hidden, zero=False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._encoder: list[Any] = []  # in a list: not a submodule, not in the state dict
+
+    @property
+    def noise_width(self) -> int:
+        return self.config.z_dim
+
+    @property
+    def text_encoder(self) -> Any:
+        """The joint encoder, on our device.
+
+        Raises:
+            ValueError: none is attached, and the config names none.
+        """
+        if not self._encoder:
+            if not self.config.encoder:
+                raise ValueError(f"{self.model_type} has no joint encoder: attach one")
+            from fastxm.encoders import joint_encoder
+
+            self.attach(joint_encoder(self.config.encoder))
+        return self._encoder[0].to(self.device)
+
+    def attach(self, encoder: Any) -> None:
+        """Uses this joint encoder: encoder.embed_text(captions) is [B, D], unit rows."""
+        if encoder.width != self.config.embedding:
+            raise ValueError(
+                f"the model reads embeddings of width {self.config.embedding}, "
+                f"the encoder gives {encoder.width}"
+            )
+        self._encoder[:] = [encoder]
+
+    def encode(self, captions: list[str], batch_size: int) -> list[Tensor]:
+        """What the networks are given of B captions, [B, condition]."""
+        starts = range(0, len(captions), batch_size)
+        encoder = self.text_encoder
+        parts = [encoder.embed_text(captions[start : start + batch_size]) for start in starts]
+        return [self.condition(torch.cat(parts).to(self.device))]
+
+    def condition(self, text: Tensor, image: Tensor | None = None) -> Tensor:
+        """[B, condition]: what the networks are given, of a text embedding [B, D]."""
+        return text
+
+    def picture(self, drawn: Tensor) -> Tensor:
+        return (drawn.float() / 2 + 0.5).clamp(0, 1)
+
+    def prior(self, image: Tensor) -> Any:
+        """What is taken of the text embedding, of the picture's embedding [B, D] alone."""
+        if self.config.perturbation == "fixed":
+            return Gaussian(image, self.config.xi)
+        shift, log_scale = self.perturbation(image)
+        return Gaussian(image + shift, math.sqrt(image.shape[1]) * log_scale.exp())
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        super().save_pretrained(directory)
+        if self._encoder and isinstance(self._encoder[0], Pretrained):
+            self._encoder[0].save_pretrained(Path(directory) / "encoder")
+
+    @classmethod
+    def from_pretrained(cls: type[Self], directory: str | os.PathLike[str]) -> Self:
+        model = super().from_pretrained(directory)
+        if (Path(directory) / "encoder").is_dir():
+            from fastxm.encoders import joint_encoder
+
+            model.attach(joint_encoder(Path(directory) / "encoder"))
+        return model

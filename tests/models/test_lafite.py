@@ -41,7 +41,7 @@ def golden():
     with torch.no_grad():
         return SimpleNamespace(
             w=generator.mapping(z),
-            drawn=generator(z, text, noise=False),
+            drawn=generator(z, text, noise="none"),
             judged=discriminator(images, text),
             quirk=fill(Discriminator(replace(config, logit="batch")))(images, text),
         )
@@ -78,10 +78,13 @@ def test_parameter_counts():
 def test_noise_is_added_by_its_strength():
     generator = Generator(LAFITEConfig(**TINY))
     z, text = torch.randn(2, 4), torch.randn(2, 5)
-    assert torch.equal(generator(z, text), generator(z, text, noise=False))
+    assert torch.equal(generator(z, text), generator(z, text, noise="none"))
     with torch.no_grad():
         generator.blocks[0].conv.noise_strength.fill_(1)
     assert not torch.equal(generator(z, text), generator(z, text))
+    generator.eval()
+    assert torch.equal(generator(z, text), generator(z, text))
+    assert not torch.equal(generator(z, text), generator(z, text, noise="none"))
 
 
 def test_the_whole_discriminator_under_r1():
@@ -98,7 +101,7 @@ def test_the_generator_under_path_length():
     text = torch.randn(2, 5).double()
     weights = [p for name, p in generator.named_parameters() if not name.startswith("mapping")]
     assert gradgradcheck(
-        lambda w, *_: generator.synthesis(w, text, noise=False)[:, :, ::3, ::3],
+        lambda w, *_: generator.synthesis(w, text, noise="none")[:, :, ::3, ::3],
         (ws, *weights[-6:]),
         atol=1e-4,
     )
@@ -118,9 +121,9 @@ def test_bfloat16_stays_near():
     generator = fill(Generator(config))
     z, text = waves((4, 512), 0.7, 0.3), F.normalize(waves((4, 512), 1.3, 0.1), dim=1)
     with torch.no_grad():
-        exact = generator(z, text, noise=False)
+        exact = generator(z, text, noise="none")
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = generator(z, text, noise=False)
+            rounded = generator(z, text, noise="none")
     assert rounded.dtype == torch.float32
     # some ten layers, each of which rounds
     eps = torch.finfo(torch.bfloat16).eps
