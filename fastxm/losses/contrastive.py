@@ -32,7 +32,7 @@ def pseudo_text_loss(
     text_share: float = 0.0,
     sharpened: bool = False,
 ) -> Tensor:
-    """LAFITE's contrastive loss of paired rows: telling the picture of a text, or text of a picture.
+    """LAFITE's contrastive loss of paired rows: telling a text's picture, or the reverse.
 
     Args:
         images: [B, D], features of pictures.

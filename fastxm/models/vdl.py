@@ -79,7 +79,7 @@ class VDL(LAFITE):
         self.prior_heads = Heads(c.embedding, c.embedding, c.hidden)
 
     def condition(self, text: Tensor, image: Tensor | None = None) -> Tensor:
-        """[B, condition]: of text [B, D] and, for pairs, the picture's embedding [B, D] or zeros."""
+        """[B, condition]: of text [B, D]; for pairs also the picture's embedding or zeros."""
         if self.config.conditioning == "text":
             return text
         return torch.cat([text, torch.zeros_like(text) if image is None else image], 1)
@@ -89,7 +89,7 @@ class VDL(LAFITE):
         return self.around(image, *self.prior_heads(image))
 
     def posterior(self, image: Tensor, evidence: Tensor) -> Any:
-        """q(t | x, z) of pictures' embeddings [B, D] and what their encoder saw [B, evidence_width].
+        """q(t | x, z) of embeddings [B, D] and evidence [B, evidence_width] of pictures.
 
         Raises:
             ValueError: their widths are not the config's.

@@ -1,6 +1,7 @@
 """LAFITE's training: a StyleGAN2 on pictures, whose texts are made of the pictures' embeddings.
 
-    L_G = softplus(-D(G, h)) + itc C(f(G), h) + itd C(f_s(G), h) [+ iic C(f(G), z) + iid C(f_s, f_s)]
+    L_G = softplus(-D(G, h)) + itc C(f(G), h) + itd C(f_s(G), h)
+          [+ iic C(f(G), z) + iid C(f_s(G), f_s(x))]
     L_D = softplus(D(G, h)) + softplus(-D(x, h)) + itd C(f_s(x), h) + R1 every 16 steps
 
 h is drawn anew in every phase: a perturbed picture embedding z, or the embedding of a caption where
@@ -286,7 +287,7 @@ class LAFITERecipe(GANRecipe):
         return {"loss_perturbation": loss}
 
     def adversarial_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
-        """One update of the generator, one of the discriminator, and their regularisers' in turn."""
+        """An update of generator and discriminator, and of their regularisers in turn."""
         config = self.config
         metrics = self.generator_update(batch)
         if config.path_every and done % config.path_every == 0:
