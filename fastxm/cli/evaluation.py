@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastxm.models.text_to_image import TextToImage
 
 
-MODELS = {"xmcgan": "XMCGAN", "mirrorgan": "MirrorGAN"}
+MODELS = {"xmcgan": "XMCGAN", "mirrorgan": "MirrorGAN", "lafite": "LAFITE", "vdl": "VDL"}
 
 
 def load(path: Path, device: str) -> "TextToImage":

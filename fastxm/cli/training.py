@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # recipe, its configuration, and the preset that flags override
 SYSTEMS = {
     "xmcgan": ("XMCGANRecipe", "XMCGANTraining", "emoji-64"),
+    "lafite": ("LAFITERecipe", "LAFITETraining", "cpu-demo"),
+    "vdl": ("VDLRecipe", "VDLTraining", "cpu-demo"),
     "mirrorgan": ("MirrorGANRecipe", "MirrorGANTraining", "cpu-demo"),
     "damsm": ("DAMSMRecipe", "DAMSMTraining", "cpu-demo"),
     "stream": ("STREAMRecipe", "STREAMTraining", "cpu-demo"),
@@ -27,7 +29,7 @@ STAGES = ("damsm", "stream")  # of MirrorGAN, before its own
 
 
 def train(arguments: list[str]) -> None:
-    """Train a system: xmcgan, mirrorgan or its stages damsm and stream, or dual-encoder."""
+    """Train a system: xmcgan, mirrorgan (or its stages damsm, stream), lafite, vdl or dual-encoder."""
     systems = [*SYSTEMS, "dual-encoder"]
     if not arguments or arguments[0] in ("-h", "--help"):
         say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {', '.join(systems)}")

@@ -356,6 +356,10 @@ class LAFITE(TextToImage):
         self._encoder: list[Any] = []  # in a list: not a submodule, not in the state dict
 
     @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
     def noise_width(self) -> int:
         return self.config.z_dim
 
