@@ -29,7 +29,7 @@ STAGES = ("damsm", "stream")  # of MirrorGAN, before its own
 
 
 def train(arguments: list[str]) -> None:
-    """Train a system: xmcgan, mirrorgan (or its stages damsm, stream), lafite, vdl or dual-encoder."""
+    """Train a system: xmcgan, mirrorgan (its stages: damsm, stream), lafite, vdl, dual-encoder."""
     systems = [*SYSTEMS, "dual-encoder"]
     if not arguments or arguments[0] in ("-h", "--help"):
         say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {', '.join(systems)}")

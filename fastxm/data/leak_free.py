@@ -3,11 +3,13 @@
 A joint encoder has learnt from pairs of pictures and captions. A generator that is then trained
 "without captions" would still have been told them if the pairs held its pictures' captions. So
 
-    encoder      pairs of the first style and of one half of the training concepts
-    generator    pictures of the second style and of the other half, without their captions
-    held out     pictures and captions of the second style and of concepts that neither saw
+    encoder      pairs of the first style
+    generator    pictures of the second style, without their captions
+    held out     pictures and captions of the second style, of concepts that neither saw
 
-`emoji` has the styles openmoji and twemoji; a folder has one style, and its concepts part alone.
+`emoji` has the styles openmoji and twemoji, which its captions name, so that none is shared. The
+training concepts are then either shared, as CLIP knows what any picture shows, or parted too, one
+half to the encoder and the other to the generator. A folder has one style, and its concepts part.
 """
 
 import hashlib
@@ -23,7 +25,7 @@ STYLES = {"encoder": "openmoji", "generator": "twemoji"}
 
 @dataclass(frozen=True)
 class LeakFree:
-    """Three data sets, none of which shares a picture, a concept or a caption with another."""
+    """What the encoder learns from, what the generator does, and what neither sees."""
 
     encoder: CaptionedImages
     encoder_held_out: CaptionedImages
@@ -39,20 +41,22 @@ class LeakFree:
         }
         rows = [f"{name}: {len(part)} {what} of {len(set(part.groups))} concepts{styles(part)}"
                 for name, (part, what) in parts.items()]  # fmt: skip
-        shared = len(told(self.encoder) & (told(self.generator) | told(self.held_out)))
-        return [*rows, f"captions of the encoder's pairs among the generator's: {shared}"]
+        captions = len(told(self.encoder) & (told(self.generator) | told(self.held_out)))
+        groups = [set(part.groups) for part in (self.encoder, self.generator, self.held_out)]
+        return [
+            *rows,
+            f"of the encoder's: {captions} captions and {len(groups[0] & groups[1])} concepts "
+            f"are among the generator's, {len(groups[0] & groups[2])} concepts are held out",
+        ]
 
 
-def leak_free(
-    data: str, image_size: int, *, shared_concepts: bool = False, **options: Any
-) -> LeakFree:
+def leak_free(data: str, image_size: int, *, parted: bool = False, **options: Any) -> LeakFree:
     """Splits a captioned data set between a joint encoder and a generator.
 
     Args:
         data: "emoji", or a folder.
         image_size: side of the pictures.
-        shared_concepts: the encoder may learn of all training concepts: in another style, of
-            `emoji` no caption is shared even so, for each names its style.
+        parted: part the training concepts too, as a folder's always are.
         **options: of `open_dataset`.
 
     Raises:
@@ -64,7 +68,7 @@ def leak_free(
         for split in ("train", "val"):
             parts[f"{name} {split}"] = open_dataset(data, image_size, split, **styled, **options)
     encoder, generator = parts["encoder train"], parts["generator train"]
-    if not shared_concepts or data != "emoji":
+    if parted or data != "emoji":
         encoder = encoder.select(rows_of_half(encoder, 0))
         generator = generator.select(rows_of_half(generator, 1))
     for name, part in (("encoder", encoder), ("generator", generator)):

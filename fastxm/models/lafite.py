@@ -54,7 +54,7 @@ class LAFITEConfig:
         noise: uniform on the "sphere" (the released code), or "gaussian".
         perturbation: "fixed", that noise; "trained", a shift and scales that a network gives.
         hidden: width of that network's hidden layers.
-        encoder: a directory of the joint encoder, where it is not saved with the model.
+        joint_encoder: a directory of it, where it is not saved with the model.
     """
 
     image_size: int = 256
@@ -69,7 +69,7 @@ class LAFITEConfig:
     noise: str = "sphere"
     perturbation: str = "fixed"
     hidden: int = 1024
-    encoder: str = ""
+    joint_encoder: str = ""
 
     def __post_init__(self) -> None:
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
@@ -371,11 +371,11 @@ class LAFITE(TextToImage):
             ValueError: none is attached, and the config names none.
         """
         if not self._encoder:
-            if not self.config.encoder:
+            if not self.config.joint_encoder:
                 raise ValueError(f"{self.model_type} has no joint encoder: attach one")
             from fastxm.encoders import joint_encoder
 
-            self.attach(joint_encoder(self.config.encoder))
+            self.attach(joint_encoder(self.config.joint_encoder))
         return self._encoder[0].to(self.device)
 
     def attach(self, encoder: Any) -> None:

@@ -29,7 +29,7 @@ class VDLConfig(LAFITEConfig):
     """What the networks are made of.
 
     Args:
-        image_size, ..., encoder: as in `LAFITEConfig`; xi and noise are those of the prior.
+        image_size, ..., joint_encoder: as in `LAFITEConfig`; xi and noise are those of the prior.
         family: of prior and posterior, "gaussian" (then normalised) or "vmf".
         evidence: what the posterior sees beside the embedding: what the image "encoder" gives
             before its projection, or "none".

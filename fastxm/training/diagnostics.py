@@ -14,7 +14,7 @@ from fastxm.training.embeddings import Embeddings
 PICTURES = 256
 
 
-class HeldOut:
+class HeldOutPairs:
     """Held-out pictures, each with its first caption, and noise that stays the same.
 
     Args:
@@ -35,12 +35,12 @@ class HeldOut:
         self.noise = draw_noise(*self.image.shape, form=noise, generator=source)
 
     @torch.no_grad()
-    def measure(self, model: Any) -> dict[str, Tensor]:
+    def measure(self, model: Any) -> dict[str, float]:
         """Of a LAFITE or VDL: cosines with the true text and recall among all of them.
 
         cos_image: of the picture's embedding; cos_prior: of a sample of p; of a model with a
         posterior also cos_sampled, of a sample of q, cos_mean, of its mean direction, and
-        held_out_kl, in nats a picture. recall@10_prior, recall@10_sampled: how often a sample's
+        kl, in nats a picture. recall@10_prior, recall@10_sampled: how often a sample's
         own text is among its ten nearest.
         """
         device = next(model.parameters()).device
@@ -52,13 +52,13 @@ class HeldOut:
             posterior = model.posterior(image, evidence)
             found |= self.sampled("sampled", posterior.sample(noise))
             found["cos_mean"] = self.cosine(posterior.direction)
-            found["held_out_kl"] = posterior.kl(prior).mean().cpu()
+            found["kl"] = posterior.kl(prior).mean().item()
         return found
 
-    def cosine(self, rows: Tensor) -> Tensor:
-        return (rows.cpu() * self.text).sum(1).mean()
+    def cosine(self, rows: Tensor) -> float:
+        return (rows.cpu() * self.text).sum(1).mean().item()
 
-    def sampled(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+    def sampled(self, name: str, rows: Tensor) -> dict[str, float]:
         truth = torch.from_numpy(np.arange(len(rows)))
         recall = retrieval_recall(rows.cpu(), self.text, truth, (10,))[10]
-        return {f"cos_{name}": self.cosine(rows), f"recall@10_{name}": torch.tensor(recall)}
+        return {f"cos_{name}": self.cosine(rows), f"recall@10_{name}": recall}

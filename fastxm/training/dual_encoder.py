@@ -33,8 +33,9 @@ class DualEncoderTraining:
     """"emoji", or a folder of captioned pictures."""
     image_size: int = 64
     """Side of the pictures before the image encoder resizes them: that of what it is to judge."""
-    split: Literal["all", "leak-free"] = "all"
-    """Which pictures: all, or the encoder's share of a leak-free split (fastxm.data.leak_free)."""
+    split: Literal["all", "styles", "concepts"] = "all"
+    """Which pictures: all, or the encoder's share where a generator is to learn without captions,
+    by styles or by styles and concepts (fastxm.data.leak_free)."""
     epochs: int = 32
     """Passes over the pictures."""
     batch_size: int = 512
@@ -116,8 +117,9 @@ def pairs_of(
     config: DualEncoderTraining, progress: bool
 ) -> tuple[CaptionedImages, CaptionedImages]:
     """The pictures to train on, and those held out."""
-    if config.split == "leak-free":
-        parts = leak_free(config.data, config.image_size, progress=progress)
+    if config.split != "all":
+        parted = config.split == "concepts"
+        parts = leak_free(config.data, config.image_size, parted=parted, progress=progress)
         return parts.encoder, parts.encoder_held_out
     train, held_out = (
         open_dataset(config.data, config.image_size, split, progress=progress)

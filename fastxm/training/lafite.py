@@ -11,8 +11,9 @@ one may be learnt from. f is the frozen joint encoder, on a random square of the
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,13 +22,16 @@ from torch.nn import functional as F
 
 from fastxm import losses
 from fastxm.data import CaptionedImages, open_dataset
+from fastxm.data.image_features import image_features
 from fastxm.data.leak_free import leak_free
+from fastxm.data.subsets import principal
 from fastxm.data.transforms import random_square
 from fastxm.encoders import joint_encoder
 from fastxm.encoders.dual import DualEncoderConfig
 from fastxm.models.lafite import LAFITE, LAFITEConfig
+from fastxm.models.pretrained import Pretrained
 from fastxm.nn.directions import Noise, draw_noise
-from fastxm.training.diagnostics import HeldOut
+from fastxm.training.diagnostics import HeldOutPairs
 from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
 from fastxm.training.ema import EMA
 from fastxm.training.embeddings import Batch, EmbeddedBatches, Embeddings
@@ -49,9 +53,9 @@ class LAFITETraining:
     """Directory of a joint encoder (CLIP or a dual encoder); empty trains one on a part of data."""
     encoder_size: int = 96
     """Side of the pictures that a trained encoder is given."""
-    split: Literal["auto", "leak-free", "all"] = "auto"
-    """Which pictures: the generator's share of a leak-free split, or all; auto is leak-free
-    without --encoder."""
+    split: Literal["auto", "styles", "concepts", "all"] = "auto"
+    """Which pictures: those of a style, or of a style and half of the concepts, that the encoder's
+    pairs do not have, or all; auto is styles, with --encoder all."""
     label_fraction: float = 0.0
     """Share of the pictures whose captions are learnt from, in [0, 1]."""
     batch_size: int = 64
@@ -104,13 +108,11 @@ class LAFITETraining:
     """Of weights, noise and the order of the data."""
     samples: int = 32
     """Pictures in a sample grid."""
-    diagnose_every: int = 50
-    """Steps between measurements of the sampled text embeddings on held-out pictures."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_fraction <= 1:
             raise ValueError(f"label_fraction is in [0, 1], not {self.label_fraction}")
-        for name in ("batch_size", "samples", "diagnose_every", "ema_images", "encoder_size"):
+        for name in ("batch_size", "samples", "ema_images", "encoder_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("r1_every", "path_every", "perturbation_steps"):
@@ -139,7 +141,10 @@ class LAFITERecipe(GANRecipe):
         config = self.config
         self.encoder = self.joint_encoder().to(self.device)
         seed_all(config.seed, self.device)
-        model = self.model_class(config.model)
+        made_of = config.model
+        if config.encoder and not isinstance(self.encoder, Pretrained):  # not saved with the model
+            made_of = replace(made_of, joint_encoder=str(Path(config.encoder).resolve()))
+        model = self.model_class(made_of)
         model.attach(self.encoder)
         self.model = model.train().to(self.device)  # channels_last by itself
         self.batches = self.open_pictures()
@@ -168,9 +173,13 @@ class LAFITERecipe(GANRecipe):
                 image_encoder_size=config.encoder_size, width=config.model.embedding
             )
             training = DualEncoderTraining(
-                made_of, config.data, config.model.image_size, "leak-free", batch_size=256
+                made_of, config.data, config.model.image_size, self.split, epochs=16
             )
             encoder = cached_dual_encoder(training).requires_grad_(False)
+            pictures = self.splits[0]
+            pictures = pictures.select(principal(pictures))
+            # the other style's own mean and spread, for which no caption is needed
+            encoder.standardise(image_features(pictures, encoder.image_encoder))
         if encoder.width != config.model.embedding:
             raise ValueError(
                 f"{config.encoder} gives embeddings of width {encoder.width}, "
@@ -181,11 +190,11 @@ class LAFITERecipe(GANRecipe):
     def open_pictures(self) -> EmbeddedBatches:
         """The training data; sets aside what is measured and drawn in the sample grids."""
         config = self.config
-        train, held_out = self.splits()
+        train, held_out = self.splits
         embeddings = Embeddings(train, self.encoder, label_fraction=config.label_fraction)
-        self.held_out = None
+        self.pairs = None
         if any(held_out.captions):
-            self.held_out = HeldOut(held_out, self.encoder, config.seed, config.model.noise)
+            self.pairs = HeldOutPairs(held_out, self.encoder, config.seed, config.model.noise)
         parts = [captioned(part) for part in (train, held_out)]
         self.captions = []
         if any(len(part) for part in parts):
@@ -193,12 +202,20 @@ class LAFITERecipe(GANRecipe):
         options: dict[str, Any] = {"seed": config.seed, "flip": config.flip, "device": self.device}
         return EmbeddedBatches(train, embeddings, config.batch_size, **options)
 
+    @property
+    def split(self) -> Any:
+        """How the pictures are split: "styles", "concepts" or "all"."""
+        if self.config.split != "auto":
+            return self.config.split
+        return "all" if self.config.encoder else "styles"
+
+    @cached_property
     def splits(self) -> tuple[CaptionedImages, CaptionedImages]:
         """Pictures to train on and held-out ones; says what they are."""
         config = self.config
         size = config.model.image_size
-        if config.split == "leak-free" or (config.split == "auto" and not config.encoder):
-            parts = leak_free(config.data, size)
+        if self.split != "all":
+            parts = leak_free(config.data, size, parted=self.split == "concepts")
             print("\n".join(parts.lines()), file=sys.stderr, flush=True)
             return parts.generator, parts.held_out
         train, held_out = (
@@ -271,9 +288,11 @@ class LAFITERecipe(GANRecipe):
         name, done = self.stage()
         metrics = getattr(self, f"{name}_step")(batch, done)
         self.done += 1
-        if self.held_out is not None and self.done % self.config.diagnose_every == 0:
-            metrics |= self.held_out.measure(self.model)
-        return {name: value.detach().to(self.device) for name, value in metrics.items()}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def held_out(self) -> dict[str, float]:
+        """How near sampled text embeddings are to those of held-out captions; {} without any."""
+        return self.pairs.measure(self.model) if self.pairs else {}
 
     def perturbation_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
         """One update of the trained perturbation: samples are to find their own pictures.
