@@ -126,11 +126,15 @@ class VonMisesFisher:
 def log_bessel(order: float, k: Tensor) -> Tensor:
     """log I_order(k), by Debye's uniform expansion to its third term: for orders from 1 on."""
     root = (k.square() + order**2).sqrt()
-    p = order / root
-    first = p * (3 - 5 * p.square()) / 24 / order
-    second = p**2 * (81 - 462 * p.square() + 385 * p**4) / 1152 / order**2
     leading = root - order * torch.asinh(order / k) - (2 * math.pi * root).log() / 2
-    return leading + (1 + first + second).log()
+    return leading + debye(order / root, order).log()
+
+
+def debye(p: Tensor, order: float) -> Tensor:
+    """1 + u1(p) / order + u2(p) / order², of the expansion (DLMF 10.41.10)."""
+    first = p * (3 - 5 * p.square()) / 24
+    second = p.square() * (81 - 462 * p.square() + 385 * p**4) / 1152
+    return 1 + first / order + second / order**2
 
 
 def log_normaliser(k: Tensor, width: int) -> Tensor:
@@ -140,9 +144,17 @@ def log_normaliser(k: Tensor, width: int) -> Tensor:
 
 
 def mean_cosine(k: Tensor, width: int) -> Tensor:
-    """A(k) = I_{v+1}(k) / I_v(k), the mean of <m, t>."""
+    """A(k) = I_{v+1}(k) / I_v(k), the mean of <m, t>: just the slope of -log C(k) here.
+
+    Of the two together no divergence is below 0.
+    """
     order = width / 2 - 1
-    return (log_bessel(order + 1, k) - log_bessel(order, k)).exp()
+    root = (k.square() + order**2).sqrt()
+    p = order / root
+    slope = (3 - 15 * p.square()) / 24 / order
+    slope = slope + p * (162 - 1848 * p.square() + 2310 * p**4) / 1152 / order**2
+    turn = slope * (-p * k / root.square()) / debye(p, order)
+    return k / (root + order) - k / (2 * root.square()) + turn
 
 
 def concentration(cosine: Tensor, width: int) -> Tensor:
