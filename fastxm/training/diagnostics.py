@@ -28,7 +28,7 @@ class HeldOutPairs:
         heavy = sorted(range(len(dataset)), key=lambda i: -dataset.weights[i])
         first = {dataset.groups[i]: i for i in reversed(heavy) if dataset.captions[i]}
         chosen = dataset.select(sorted(first.values())[:PICTURES])
-        embedded = Embeddings(chosen, encoder)
+        embedded = Embeddings(chosen, encoder, texts=True)
         self.image, self.evidence = embedded.image, embedded.evidence
         self.text = embedded.text[embedded.starts[:-1]]
         source = torch.Generator().manual_seed(seed)

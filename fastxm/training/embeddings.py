@@ -22,6 +22,7 @@ class Embeddings:
         dataset: pictures, some or all of which may have no captions.
         encoder: as `fastxm.encoders.joint_encoder` gives it.
         label_fraction: share of the pictures whose captions may be learnt from, in [0, 1].
+        texts: embed the captions; by default only where some may be learnt from.
         progress: show progress bars.
 
     Attributes:
@@ -40,6 +41,7 @@ class Embeddings:
         encoder: Any,
         *,
         label_fraction: float = 0.0,
+        texts: bool | None = None,
         progress: bool = True,
     ) -> None:
         features = image_features(dataset, encoder.image_encoder, progress=progress)
@@ -47,17 +49,19 @@ class Embeddings:
         self.image = torch.cat([encoder.embed_images(part).cpu() for part in rows])
         self.evidence = torch.cat([encoder.evidence(part).cpu() for part in rows])
         counts = np.array([len(captions) for captions in dataset.captions])
-        self.starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
-        self.text = self.image.new_zeros(0, self.image.shape[1])
-        if counts.any():
-            texts = text_features(dataset, encoder.text_encoder, progress=progress)
-            sentences = torch.from_numpy(texts.sentences[texts.rows].astype(np.float32))
-            parts = [encoder.embed_text(part).cpu() for part in sentences.split(4096)]
-            self.text = torch.cat(parts)
-        elif label_fraction > 0:
+        if label_fraction > 0 and not counts.any():
             raise ValueError(
                 f"label_fraction is {label_fraction}, but {dataset.name} has no captions"
             )
+        if not (label_fraction > 0 if texts is None else texts):
+            counts[:] = 0
+        self.starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+        self.text = self.image.new_zeros(0, self.image.shape[1])
+        if counts.any():
+            encoded = text_features(dataset, encoder.text_encoder, progress=progress)
+            sentences = torch.from_numpy(encoded.sentences[encoded.rows].astype(np.float32))
+            parts = [encoder.embed_text(part).cpu() for part in sentences.split(4096)]
+            self.text = torch.cat(parts)
         drawn = np.array([share(id) for id in dataset.ids]) < label_fraction
         self.labelled = torch.from_numpy(drawn & (counts > 0))
 
