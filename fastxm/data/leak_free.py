@@ -64,9 +64,9 @@ def leak_free(data: str, image_size: int, *, parted: bool = False, **options: An
     """
     parts: dict[str, CaptionedImages] = {}
     for name, style in STYLES.items():
-        styled = {"styles": (style,)} if data == "emoji" else {}
+        more = {**options, "styles": (style,)} if data == "emoji" else options
         for split in ("train", "val"):
-            parts[f"{name} {split}"] = open_dataset(data, image_size, split, **styled, **options)
+            parts[f"{name} {split}"] = open_dataset(data, image_size, split, **more)
     encoder, generator = parts["encoder train"], parts["generator train"]
     if parted or data != "emoji":
         encoder = encoder.select(rows_of_half(encoder, 0))

@@ -33,10 +33,10 @@ class Transformers(nn.Module):
         present(folder, "model.safetensors", "model.safetensors.index.json")
         from transformers import AutoTokenizer, CLIPModel
 
-        options = {"local_files_only": True}
-        self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, **options)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        config = self.model.config
+        options: Any = {"local_files_only": True}
+        self.model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, **options)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
+        config: Any = self.model.config
         self.image_size = config.vision_config.image_size
         self.words = config.text_config.max_position_embeddings
         self.evidence_width, self.text_width = (
@@ -180,9 +180,9 @@ class CLIP(Frozen):
         Returns:
             [B, D], rows of length 1.
         """
-        if not isinstance(text, Tensor):
-            text = self.tower.text(list(text), self.device)
-        return F.normalize(self.tower.project_text(text.to(self.device)), dim=1)
+        given = isinstance(text, Tensor)
+        features: Any = text if given else self.tower.text(list(text), self.device)
+        return F.normalize(self.tower.project_text(features.to(self.device)), dim=1)
 
 
 class Images:

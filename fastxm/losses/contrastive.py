@@ -1,5 +1,7 @@
 """Pairs that are to find each other: rows with rows, regions with words; and modules of these."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,7 +58,7 @@ def pseudo_text_loss(
         target = torch.arange(len(logits), device=logits.device)
         parts = [lambda: F.cross_entropy(logits.T, target), lambda: F.cross_entropy(logits, target)]
     else:
-        options = {"normalize": True, "symmetric": False}
+        options: dict[str, Any] = {"normalize": True, "symmetric": False}
         parts = [
             lambda: info_nce(text, images, 1 / temperature, **options),
             lambda: info_nce(images, text, 1 / temperature, **options),

@@ -249,7 +249,7 @@ class Generator(nn.Module):
         rows, at, rgb = ws.unbind(1), 0, None
         for block in self.blocks:
             x, rgb = block(x, rgb, rows[at:], text, noise)
-            at += block.layers
+            at += 1 if at == 0 else 2
         assert rgb is not None
         return rgb
 
@@ -343,6 +343,9 @@ class LAFITE(TextToImage):
     model_type: ClassVar[str] = "lafite"
     config_class: ClassVar[type[LAFITEConfig]] = LAFITEConfig
     config: LAFITEConfig
+    generator: Generator
+    discriminator: Discriminator
+    perturbation: Heads
 
     def __init__(self, config: LAFITEConfig | None = None) -> None:
         super().__init__()

@@ -201,9 +201,8 @@ class Heads(nn.Module):
         super().__init__()
         self.shift, self.log_scale = (perceptron(inputs, hidden, outputs) for _ in range(2))
         if zero:
-            for head in (self.shift, self.log_scale):
-                nn.init.zeros_(head[-1].weight)
-                nn.init.zeros_(head[-1].bias)
+            for parameter in (*self.shift[-1].parameters(), *self.log_scale[-1].parameters()):
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, inputs] -> shift and log scale, [B, outputs]; the log scale in [-4, 2]."""

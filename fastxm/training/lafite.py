@@ -10,7 +10,7 @@ one may be learnt from. f is the frozen joint encoder, on a random square of the
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -148,8 +148,8 @@ class LAFITERecipe(GANRecipe):
         model.attach(self.encoder)
         self.model = model.train().to(self.device)  # channels_last by itself
         self.batches = self.open_pictures()
-        self.synthesis: Any = model.generator.synthesis
-        self.discriminator: Any = model.discriminator
+        self.synthesis: Callable[..., Any] = model.generator.synthesis
+        self.discriminator: Callable[..., Any] = model.discriminator
         if config.compile:
             self.synthesis = torch.compile(self.synthesis, fullgraph=True)
             self.discriminator = torch.compile(self.discriminator, fullgraph=True)

@@ -1,7 +1,10 @@
 """CLIP from a directory: against transformers' own call, and what is refused."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_clip import write
 from torch.nn import functional as F
 from transformers import CLIPModel
@@ -73,3 +76,23 @@ def test_directories_that_are_none(tmp_path, folder):
 def test_pictures_must_be_floats(clip):
     with pytest.raises(ValueError, match="images are floats"):
         clip.features(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_a_model_of_open_clip(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    text = {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+    vision = {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8}
+    config = {"embed_dim": 6, "vision_cfg": vision, "text_cfg": text}
+    theirs = open_clip.CLIP(**config).eval()
+    weights = {name: value.contiguous() for name, value in theirs.state_dict().items()}
+    save_file(weights, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    clip = CLIP(tmp_path)
+    images, captions = torch.rand(2, 3, 16, 16), ["a red cat", "b"]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    with torch.no_grad():
+        expected = theirs.encode_image((images - mean) / std, normalize=True)
+        torch.testing.assert_close(clip.embed_images(images), expected)
+        tokens = open_clip.SimpleTokenizer(context_length=12)(captions)
+        expected = theirs.encode_text(tokens, normalize=True)
+        torch.testing.assert_close(clip.embed_text(captions), expected)
