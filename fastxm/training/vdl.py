@@ -171,7 +171,7 @@ class VDLRecipe(LAFITERecipe):
                 metrics[f"log_{name}"] = density[labelled].mean()
                 loss = loss - config.supervision_weight * metrics[f"log_{name}"] / width
         if config.kl_target:
-            self.hold(float(mean))
+            self.hold(mean.item())
         return loss, metrics
 
     def hold(self, kl: float) -> None:
