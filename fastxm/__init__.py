@@ -17,6 +17,10 @@ HOMES = {
     "MirrorGANConfig": "fastxm.models.mirrorgan",
     "DAMSM": "fastxm.encoders.damsm",
     "STREAM": "fastxm.models.stream",
+    "LAFITE": "fastxm.models.lafite",
+    "LAFITEConfig": "fastxm.models.lafite",
+    "VDL": "fastxm.models.vdl",
+    "VDLConfig": "fastxm.models.vdl",
     "DualEncoder": "fastxm.encoders.dual",
 }
 MODULES = ("data", "encoders", "evaluation", "losses", "models", "nn", "ops", "training")

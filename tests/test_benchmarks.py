@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "training"))
     # the interpreter is no backend to time
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
@@ -260,3 +261,40 @@ def test_synthetic_data(tmp_path):
     lines = (synthetic.pictures(tmp_path) / "metadata.jsonl").read_text().splitlines()
     assert len(lines) == 512
     assert all((tmp_path / json.loads(line)["file_name"]).is_file() for line in lines)
+
+
+def test_vdl_table(tmp_path, monkeypatch, capsys):
+    from small import pictures
+    from tiny_clip import write
+
+    table = importlib.import_module("vdl_table")
+    monkeypatch.setenv("FASTXM_DATA", str(tmp_path / "cache"))
+    model = {"image_size": 16, "embedding": 6, "z_dim": 4, "w_dim": 4, "mapping_layers": 1,
+             "channel_base": 64, "channel_max": 4, "hidden": 8}  # fmt: skip
+    values = {"batch_size": 4, "samples": 2, "device": "cpu", "data": str(pictures(tmp_path / "p")),
+              "encoder": str(write(tmp_path / "clip"))}  # fmt: skip
+
+    def preset(system, _):
+        more = {"evidence_width": 8} if system == "vdl" else {}
+        return {**values, "model": {**model, **more}}
+
+    found = {"distance": {"held-out captions": {"EffLite0-FD": 12.5}},
+             "retrieval": {"generated": {"R@10": 0.25}}}  # fmt: skip
+    asked = []
+    monkeypatch.setattr(table.configs, "preset", preset)
+    monkeypatch.setattr(table, "cached_dual_encoder", lambda _: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(
+        table.evaluation, "evaluate", lambda model, *_, **__: asked.append(model) or found
+    )
+    monkeypatch.setattr(sys, "argv", ["vdl_table.py", "--out", str(tmp_path / "t"), "--steps", "5"])
+    table.main()
+    assert len(asked) == len(table.VARIANTS) == 9
+    rows = {name: json.loads((tmp_path / "t" / f"{name}.json").read_text())
+            for name in table.VARIANTS}  # fmt: skip
+    for name, row in rows.items():
+        assert row["steps"] == 5
+        assert row["EffLite0-FD"] == 12.5
+        assert -1 <= row["cos(sampled, true)"] <= 1
+        assert (row["KL"] != 0) == name.startswith("vdl")
+        assert row["KL"] >= 0
+    assert "vdl-without-evidence" in capsys.readouterr().out

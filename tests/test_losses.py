@@ -337,3 +337,50 @@ def test_the_mmd_gan_objective_s_gradient():
     same = fx.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(losses.mmd_gan_g(same, fx.detach()), same)
     assert gradient.isfinite().all()  # where the bare root's is not
+
+
+# of the released LAFITE, which adds log(temperature): C = log(temperature) - loss
+@pytest.mark.parametrize(
+    ("sharpened", "text_share", "expected"),
+    [
+        (True, 0.0, -1.9366862),
+        (True, 1.0, -2.0302968),
+        (False, 0.0, -1.9265106),
+        (False, 1.0, -2.0351261),
+        (False, 0.25, -0.75 * 1.9265106 - 0.25 * 2.0351261),
+    ],
+)
+def test_golden_pseudo_text_loss(sharpened, text_share, expected):
+    i = torch.arange(32, dtype=torch.float64)
+    images = torch.sin(0.7 * i + 0.3).float().view(4, 8)
+    text = torch.sin(1.3 * i + 0.1).float().view(4, 8)
+    options = {"temperature": 0.5, "text_share": text_share, "sharpened": sharpened}
+    found = math.log(0.5) - losses.pseudo_text_loss(images, text, **options)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_pseudo_text_loss_refuses_a_share_beyond_one():
+    with pytest.raises(ValueError, match="text_share"):
+        losses.pseudo_text_loss(torch.randn(2, 3), torch.randn(2, 3), text_share=1.5)
+
+
+def test_logistic_losses():
+    real, fake = torch.randn(7).double(), torch.randn(5).double()
+    expected = -real.sigmoid().log().mean() - (1 - fake.sigmoid()).log().mean()
+    torch.testing.assert_close(losses.logistic_d(real, fake), expected.float())
+    torch.testing.assert_close(losses.logistic_g(fake), -fake.sigmoid().log().mean().float())
+
+
+def test_r1_of_a_linear_judge():
+    weight, images = torch.randn(3, 4, 4), torch.randn(5, 3, 4, 4, requires_grad=True)
+    logits = (images * weight).sum((1, 2, 3))
+    torch.testing.assert_close(losses.r1(logits, images), weight.square().sum() / 2)
+
+
+def test_path_lengths_of_a_linear_generator():
+    matrix = torch.randn(6, 3 * 4 * 4)
+    ws, noise = torch.randn(2, 2, 6, requires_grad=True), torch.randn(2, 3, 4, 4)
+    images = (ws.sum(1) @ matrix).view(2, 3, 4, 4)
+    # every row of w moves the picture by the matrix
+    expected = (noise.flatten(1) @ matrix.T / 4).norm(dim=1)
+    torch.testing.assert_close(losses.path_lengths(images, ws, noise), expected)

@@ -18,6 +18,8 @@ MODELS = {
     "xmcgan": "XMCGAN",
     "mirrorgan": "MirrorGAN",
     "selfsup": "CrossModalAutoencoder",
+    "lafite": "LAFITE",
+    "vdl": "VDL",
 }
 
 

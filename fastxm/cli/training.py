@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # recipe, its configuration, and the preset that flags override
 SYSTEMS = {
     "xmcgan": ("XMCGANRecipe", "XMCGANTraining", "emoji-64"),
+    "lafite": ("LAFITERecipe", "LAFITETraining", "cpu-demo"),
+    "vdl": ("VDLRecipe", "VDLTraining", "cpu-demo"),
     "mirrorgan": ("MirrorGANRecipe", "MirrorGANTraining", "cpu-demo"),
     "damsm": ("DAMSMRecipe", "DAMSMTraining", "cpu-demo"),
     "stream": ("STREAMRecipe", "STREAMTraining", "cpu-demo"),
@@ -28,7 +30,8 @@ STAGES = ("damsm", "stream")  # of MirrorGAN, before its own
 
 
 def train(arguments: list[str]) -> None:
-    """Train a system: xmcgan, mirrorgan (or its stage damsm or stream), selfsup, dual-encoder."""
+    """Train a system: xmcgan, mirrorgan (its stages: damsm, stream), selfsup, lafite, vdl,
+    dual-encoder."""
     systems = [*SYSTEMS, "dual-encoder"]
     if not arguments or arguments[0] in ("-h", "--help"):
         say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {', '.join(systems)}")

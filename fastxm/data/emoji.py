@@ -34,6 +34,7 @@ def source(
     variant_weight: float = 0.15,
     flag_weight: float = 0.3,
     background: str = "white",
+    uncaptioned: bool = False,
 ) -> Source:
     """The pictures of the default data set.
 
@@ -45,6 +46,7 @@ def source(
         flag_weight: likewise for flags.
         background: the colour under the drawings, a name or #rrggbb; one that is not white is
             named in the captions.
+        uncaptioned: taken as folders take it; every drawing has captions.
 
     Raises:
         ModuleNotFoundError: a package of drawings is not installed.

@@ -28,11 +28,12 @@ COLUMNS = ("captions", "caption", "text", "TEXT", "txt", "prompt", "sentences_ra
 RESIZES = ("crop", "stretch")
 
 
-def source(path: Path, *, resize: str = "crop") -> Source:
+def source(path: Path, *, resize: str = "crop", uncaptioned: bool = False) -> Source:
     """The captioned pictures of a folder.
 
     Args:
         path: the folder.
+        uncaptioned: take pictures without captions too; they then have none.
         resize: "crop" keeps the proportions and cuts the middle square; "stretch" keeps all of
             the picture, as XMC-GAN does.
 
@@ -51,7 +52,7 @@ def source(path: Path, *, resize: str = "crop") -> Source:
             captions = [caption for caption in captions if caption]
             if not file.is_file():
                 skipped.append((str(file), "no such file"))
-            elif not captions:
+            elif not captions and not uncaptioned:
                 skipped.append((str(file), "no caption"))
             else:
                 name = os.path.relpath(file, path)

@@ -125,3 +125,23 @@ def random_flip(
     source = images.device if generator is None else generator.device
     flipped = torch.rand(len(images), generator=generator, device=source).to(images.device) < p
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+
+
+def random_square(
+    images: Tensor, smallest: float = 0.5, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """A square of random side and place, the same of every picture.
+
+    Args:
+        images: [B, C, S, S].
+        smallest: the side's least share of S, in (0, 1].
+
+    Returns:
+        [B, C, s, s], a view; s from smallest * S to S.
+    """
+    if not 0 < smallest <= 1:
+        raise ValueError(f"smallest is in (0, 1], not {smallest}")
+    size, place = images.shape[-1], torch.rand(3, generator=generator).tolist()
+    side = round(size * (smallest + (1 - smallest) * place[0]))
+    top, left = (int(u * (size - side + 1)) for u in place[1:])
+    return images[..., top : top + side, left : left + side]

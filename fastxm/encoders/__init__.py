@@ -10,7 +10,7 @@ from fastxm.encoders.inception import InceptionV3
 from fastxm.encoders.resnet import ResNet50
 
 __all__ = ["BERT", "EfficientNetLite0", "EfficientNetLite0Layout", "InceptionV3", "ResNet50",
-           "TextBatch", "image_encoder", "text_encoder"]  # fmt: skip
+           "TextBatch", "image_encoder", "joint_encoder", "text_encoder"]  # fmt: skip
 
 
 def text_encoder(source: str | os.PathLike[str] = "minilm", **options: Any) -> BERT:
@@ -52,3 +52,24 @@ def image_encoder(
     if "layer4.2.conv3.weight" in state:
         return ResNet50(state, **options)
     return EfficientNetLite0(source, **options)
+
+
+def joint_encoder(directory: str | os.PathLike[str]) -> Any:
+    """A frozen encoder of pictures and captions into one space, from a local directory.
+
+    It has `width`, D; `embed_images(images)` and `embed_text(captions)`, [B, D], unit rows; and
+    `image_encoder` and `text_encoder`, whose features both take too, and `evidence` of the former.
+
+    Args:
+        directory: of a saved `DualEncoder`, or of a CLIP (`fastxm.encoders.clip`).
+
+    Raises:
+        FileNotFoundError: there is none, or it has no weights.
+    """
+    from fastxm.encoders.clip import CLIP
+    from fastxm.encoders.dual import DualEncoder
+
+    config = Path(directory) / "config.json"
+    if config.is_file() and f'"{DualEncoder.model_type}"' in config.read_text():
+        return DualEncoder.from_pretrained(directory).requires_grad_(False)
+    return CLIP(directory)

@@ -24,6 +24,7 @@ class DualEncoderConfig:
 
     Args:
         image_encoder, text_encoder: names or paths for `fastxm.encoders`.
+        image_encoder_size: side of the pictures that the image encoder is given.
         image_width, text_width: of their features.
         words: word slots of a caption.
         hidden: width of each head's hidden layer.
@@ -34,6 +35,7 @@ class DualEncoderConfig:
 
     image_encoder: str = "efficientnet-lite0"
     text_encoder: str = "minilm"
+    image_encoder_size: int = 224
     image_width: int = 1280
     text_width: int = 384
     words: int = 17
@@ -86,6 +88,19 @@ class DualEncoder(Looks, Pretrained):
             self._encoders["text"] = text_encoder(self.config.text_encoder, **options)
         return self._encoders["text"].to(self.device)
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.config.width
+
+    @property
+    def evidence_width(self) -> int:
+        return self.config.image_width
+
+    def evidence(self, features: Tensor) -> Tensor:
+        """What the image head reads, [B, image_width]: the encoder's features, standardised."""
+        return (features.to(self.device) - self.mean) / self.std
+
     def standardise(self, features: Tensor) -> None:
         """Takes mean and spread of the image features from features [N, image_width]."""
         self.mean.copy_(features.mean(0))
@@ -103,8 +118,7 @@ class DualEncoder(Looks, Pretrained):
         """
         features = self.image_encoder(images.to(self.device)) if images.ndim == 4 else images
         self.check(features, self.config.image_width, "images are [B, 3, H, W] or features")
-        features = (features.to(self.device) - self.mean) / self.std
-        return F.normalize(self.image_head(features), dim=1)
+        return F.normalize(self.image_head(self.evidence(features)), dim=1)
 
     def embed_text(self, text: Sequence[str] | Tensor) -> Tensor:
         """Captions in the common space.

@@ -227,6 +227,7 @@ def evaluate(
     pool: int = 100,
     seed: int = 0,
     progress: bool = True,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Draws pictures of training and of held-out captions and judges them, beside baselines.
 
@@ -238,6 +239,7 @@ def evaluate(
         pool: captions among which a picture is to find its own, of as many concepts.
         seed: of what is chosen and of the noise, which differs from picture to picture.
         progress: show progress bars.
+        options: of `open_dataset`, such as the styles of `emoji`.
 
     Returns:
         "distance": by what was judged, "EffLite0-FD" against training pictures, "pictures", how
@@ -246,9 +248,13 @@ def evaluate(
         empty where the data set holds nothing out.
     """
     size = model.image_size
-    train, held_out = (open_dataset(data, size, s, progress=progress) for s in ("train", "val"))
-    options: dict[str, Any] = {"num_images": num_images, "seed": seed, "progress": progress}
-    judge = FrechetJudge(train, dual.image_encoder, **options)
+    train, held_out = (
+        open_dataset(data, size, split, progress=progress, **(options or {}))
+        for split in ("train", "val")
+    )
+    judge = FrechetJudge(
+        train, dual.image_encoder, num_images=num_images, seed=seed, progress=progress
+    )
     evaluation = Evaluation(model, dual, judge, pool, seed, progress)
     distance = evaluation.on_training()
     if len(held_out) == 0:

@@ -4,7 +4,16 @@ Modules where users expect them: `ClipLoss` and `SigLipLoss` as in open_clip, `N
 `MMDLoss`; and `cached_step` for batches of which the encoders do not hold the activations.
 """
 
-from fastxm.losses.adversarial import bce, hinge_d, hinge_g, kl_normal
+from fastxm.losses.adversarial import (
+    bce,
+    hinge_d,
+    hinge_g,
+    kl_normal,
+    logistic_d,
+    logistic_g,
+    path_lengths,
+    r1,
+)
 from fastxm.losses.cached import cached_step
 from fastxm.losses.colour import colour_consistency
 from fastxm.losses.contrastive import (
@@ -15,6 +24,7 @@ from fastxm.losses.contrastive import (
     damsm_loss,
     nce,
     nt_xent,
+    pseudo_text_loss,
     region_word_loss,
     siglip_loss,
 )
@@ -33,11 +43,16 @@ __all__ = [
     "hinge_d",
     "hinge_g",
     "kl_normal",
+    "logistic_d",
+    "logistic_g",
     "mmd_gan_d",
     "mmd_gan_g",
     "mmd_loss",
     "nce",
     "nt_xent",
+    "path_lengths",
+    "pseudo_text_loss",
+    "r1",
     "region_word_loss",
     "siglip_loss",
 ]

@@ -1,5 +1,7 @@
 """Pairs that are to find each other: rows with rows, regions with words; and modules of these."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,6 +24,49 @@ def nce(a: Tensor, b: Tensor, *, temperature: float = 0.1) -> Tensor:
         scalar, float32.
     """
     return 2 * info_nce(a, b, 1 / temperature, normalize=True)
+
+
+def pseudo_text_loss(
+    images: Tensor,
+    text: Tensor,
+    *,
+    temperature: float = 0.5,
+    text_share: float = 0.0,
+    sharpened: bool = False,
+) -> Tensor:
+    """LAFITE's contrastive loss of paired rows: telling a text's picture, or the reverse.
+
+    Args:
+        images: [B, D], features of pictures.
+        text: [B, D], row i the (pseudo) text of picture i.
+        temperature: divides the cosines.
+        text_share: in [0, 1], weight of telling a picture's text; the rest tells a text's picture.
+        sharpened: take exp(cosine / temperature) for the logits, as the released code does, where
+            InfoNCE takes cosine / temperature.
+
+    Returns:
+        scalar, float32.
+
+    Source: Zhou et al. 2022; `sharpened` and `text_share` of the released code, in which
+    log(temperature) is subtracted.
+    """
+    if not 0 <= text_share <= 1:
+        raise ValueError(f"text_share is in [0, 1], not {text_share}")
+    if sharpened:
+        cosines = F.normalize(images.float(), dim=1) @ F.normalize(text.float(), dim=1).T
+        logits = (cosines / temperature).exp()
+        target = torch.arange(len(logits), device=logits.device)
+        parts = [lambda: F.cross_entropy(logits.T, target), lambda: F.cross_entropy(logits, target)]
+    else:
+        options: dict[str, Any] = {"normalize": True, "symmetric": False}
+        parts = [
+            lambda: info_nce(text, images, 1 / temperature, **options),
+            lambda: info_nce(images, text, 1 / temperature, **options),
+        ]
+    shares = (1 - text_share, text_share)
+    return sum(
+        (share * part() for share, part in zip(shares, parts) if share), images.new_zeros(())
+    )
 
 
 def region_word_loss(

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from fastxm.data import CaptionedImages, TextFeatures, open_dataset, text_features
 from fastxm.data.cache import build_once, digest, track
 from fastxm.data.image_features import image_features
+from fastxm.data.leak_free import leak_free
 from fastxm.data.subsets import principal
 from fastxm.encoders.dual import DualEncoder, DualEncoderConfig
 from fastxm.evaluation.metrics import retrieval_recall
@@ -32,6 +33,9 @@ class DualEncoderTraining:
     """"emoji", or a folder of captioned pictures."""
     image_size: int = 64
     """Side of the pictures before the image encoder resizes them: that of what it is to judge."""
+    split: Literal["all", "styles", "concepts"] = "all"
+    """Which pictures: all, or the encoder's share where a generator is to learn without captions,
+    by styles or by styles and concepts (fastxm.data.leak_free)."""
     epochs: int = 32
     """Passes over the pictures."""
     batch_size: int = 512
@@ -99,8 +103,7 @@ def train_dual_encoder(
         The model in eval mode, and what it reaches on held-out concepts ({} where there are none).
     """
     config = config or DualEncoderTraining()
-    train = open_dataset(config.data, config.image_size, "train", progress=progress)
-    held_out = open_dataset(config.data, config.image_size, "val", progress=progress)
+    train, held_out = pairs_of(config, progress)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # the CUDA ones stay as they are
         model = DualEncoder(config.model)
@@ -108,6 +111,21 @@ def train_dual_encoder(
     if len(held_out) == 0:
         return model, {}
     return model, recall(model, Pairs.of(held_out, model, progress))
+
+
+def pairs_of(
+    config: DualEncoderTraining, progress: bool
+) -> tuple[CaptionedImages, CaptionedImages]:
+    """The pictures to train on, and those held out."""
+    if config.split != "all":
+        parted = config.split == "concepts"
+        parts = leak_free(config.data, config.image_size, parted=parted, progress=progress)
+        return parts.encoder, parts.encoder_held_out
+    train, held_out = (
+        open_dataset(config.data, config.image_size, split, progress=progress)
+        for split in ("train", "val")
+    )
+    return train, held_out
 
 
 def fit(model: DualEncoder, pairs: Pairs, config: DualEncoderTraining, progress: bool) -> None:
@@ -164,7 +182,7 @@ def cached_dual_encoder(
 ) -> DualEncoder:
     """The dual encoder of a data set, trained the first time and then read from the cache."""
     config = config or DualEncoderTraining()
-    train = open_dataset(config.data, config.image_size, "train", progress=progress)
+    train, _ = pairs_of(config, progress)
     made_of = {
         "format": 2,
         "pictures": train.cache_dir.name,

@@ -76,23 +76,25 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # not every step has every metric
     counted: int = 0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.counted += 1
 
     def means(self) -> dict[str, float]:
         """The means since the last call to `clear`; the one place that waits for the device."""
         if not self.sums:
             return {}
-        values = (torch.stack(list(self.sums.values())) / self.counted).tolist()
-        return dict(zip(self.sums, values))
+        values = torch.stack(list(self.sums.values())).tolist()
+        return {name: value / self.counts[name] for name, value in zip(self.sums, values)}
 
     def clear(self) -> None:
-        self.sums, self.counted = {}, 0
+        self.sums, self.counts, self.counted = {}, {}, 0
 
 
 def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) -> Run:
@@ -214,6 +216,7 @@ class Loop:
             "random": checkpoint.random_state(),
             "seconds": self.at.seconds,
             "sums": self.at.sums,
+            "counts": self.at.counts,
             "counted": self.at.counted,
         }
         folder, keep = self.out / "checkpoints", self.loop.keep_checkpoints
@@ -236,7 +239,7 @@ def restore(recipe: Recipe, path: Path) -> Progress:
     recipe.load_state_dict(state["recipe"])
     checkpoint.set_random_state(state["random"])
     sums = {name: value.to(recipe.device) for name, value in state["sums"].items()}
-    return Progress(step, state["seconds"], sums, state["counted"])
+    return Progress(step, state["seconds"], sums, state["counts"], state["counted"])
 
 
 @contextlib.contextmanager

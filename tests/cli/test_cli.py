@@ -10,6 +10,7 @@ import torch
 import yaml
 from eye import Eye
 from PIL import Image
+from tiny_clip import write
 
 import fastxm
 from fastxm import cli
@@ -298,3 +299,31 @@ def test_every_preset_of_mirrorgan_and_its_stages_is_a_configuration():
             made = configs.construct(classes(system)[1], configs.preset(system, name), name)
             assert system not in ("mirrorgan",) or made.stages == name
         assert SYSTEMS[system][2] in configs.presets(system)
+
+
+@pytest.mark.parametrize("system", ["lafite", "vdl"])
+def test_vdl_is_trained_and_sampled_or_refused_in_one_line(system, folder, tmp_path, capsys):
+    from fastxm.cli.training import classes
+
+    for name in configs.presets(system):
+        made = configs.construct(classes(system)[1], configs.preset(system, name), name)
+        assert made.loop.max_minutes <= 20
+    clip = write(tmp_path / "clip")
+    out = tmp_path / "run"
+    widths = ["--evidence-width", "8"] if system == "vdl" else []
+    tiny = ["--image-size", "16", "--embedding", "6", "--z-dim", "4", "--w-dim", "4", "--hidden",
+            "8", "--channel-base", "64", "--channel-max", "4", "--batch-size", "2", "--samples",
+            "2", "--device", "cpu", "--log-every", "1", *widths]  # fmt: skip
+    command = ["train", system, "--data", str(folder), "--out", str(out), *tiny]
+    assert (
+        cli.main([*command, "--encoder", str(clip), "--label_fraction", "0", "--steps", "2"]) == 0
+    )
+    picture = tmp_path / "grid.png"
+    assert cli.main(["sample", "a red", "--model", str(out), "--out", str(picture)]) == 0
+    assert Image.open(picture).height > 0
+    capsys.readouterr()
+    other = [*command[:4], "--out", str(tmp_path / "absent"), *tiny]
+    assert "label_fraction is in [0, 1], not 2" in refused(capsys, *other, "--label-fraction", "2")
+    (clip / "model.safetensors").unlink()
+    assert cli.main([*other, "--encoder", str(clip)]) == 2
+    assert "has no weights: no model.safetensors" in capsys.readouterr().err

@@ -180,3 +180,11 @@ def test_select_and_prepare(tmp_path):
     assert np.shares_memory(train.select([1, 2, 3]).images, train.images)
     assert train.batch([3, 1]).equal(few.batch([0, 1]))
     assert len(train.select([])) == 0
+
+
+def test_pictures_without_captions_where_they_may_be(tmp_path):
+    for name in "abcdef":
+        write_picture(tmp_path / "set" / f"{name}.png", "green")
+    (tmp_path / "set" / "a.txt").write_text("a caption\n")
+    table = captions_of(both(tmp_path / "set", tmp_path / "cache", uncaptioned=True))
+    assert table == {"a.png": ["a caption"], **{f"{name}.png": [] for name in "bcdef"}}

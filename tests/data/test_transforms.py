@@ -15,6 +15,7 @@ from fastxm.data.transforms import (
     augment,
     draw,
     random_flip,
+    random_square,
 )  # fmt: skip
 
 STILL = 0.5  # the middle of a parameter: no change of colour, no shift
@@ -146,3 +147,16 @@ def test_random_flip():
 def test_wrong_arguments(shape, options):
     with pytest.raises(ValueError):
         augment(torch.rand(shape), **options)
+
+
+def test_random_square_is_of_every_size_and_place():
+    images = torch.arange(100.0).view(1, 1, 10, 10).expand(2, 3, 10, 10)
+    found = [random_square(images, 0.5) for _ in range(400)]
+    sides = {square.shape[-1] for square in found}
+    assert sides == set(range(5, 11))
+    corners = {int(square[0, 0, 0, 0]) for square in found if square.shape[-1] == 5}
+    assert {corner % 10 for corner in corners} == set(range(6))
+    assert {corner // 10 for corner in corners} == set(range(6))
+    assert all(square.shape == (2, 3, s, s) for square in found for s in [square.shape[-1]])
+    with pytest.raises(ValueError, match="smallest"):
+        random_square(images, 0.0)

@@ -180,3 +180,13 @@ def test_training_on_a_cpu_keeps_the_memory_that_it_frees(tmp_path, monkeypatch)
     monkeypatch.setattr(trainer, "keep_freed_memory", lambda: calls.append(1))
     train(Toy(), tmp_path / "cpu", LOOP)
     assert len(calls) == 1
+
+
+def test_means_are_over_the_steps_that_have_a_metric():
+    progress = trainer.Progress()
+    for step in range(4):
+        now_and_then = {"r1": torch.tensor(float(step))} if step % 2 else {}
+        progress.add({"loss": torch.tensor(1.0 + step), **now_and_then})
+    assert progress.means() == {"loss": 2.5, "r1": 2.0}
+    progress.clear()
+    assert progress.means() == {}

@@ -1,0 +1,166 @@
+"""StyleGAN2's layers in plain PyTorch: differentiable to any order, so that R1 is right.
+
+    EqualLinear     y = act(x (m g W)ᵀ + m b)              g = 1 / sqrt(fan in), m = lr_multiplier
+    ModulatedConv   y[o] = d[o] sum_i W[o, i] * (s[i] x[i])    d[o] = rsqrt(sum (W[o, i] s[i])² + ε)
+    fir             [1, 3, 3, 1] / 8 along each axis
+    act             sqrt(2) leaky_relu(x + b, 0.2), cut at +-256
+
+Scaling the input by s and the output by d is the convolution of each picture with weights of its
+own: one dense convolution of the batch takes the place of a grouped one.
+(Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020.)
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SLOPE, GAIN, CLAMP = 0.2, math.sqrt(2), 256.0
+EPS = 1e-8
+TAPS = (0.125, 0.375, 0.375, 0.125)
+
+
+def bias_act(x: Tensor, bias: Tensor, *, gain: float = 1.0, clamp: bool = True) -> Tensor:
+    """sqrt(2) gain leaky_relu(x + bias, 0.2), cut at +-256 gain.
+
+    Args:
+        x: [B, C, ...].
+        bias: [C].
+        gain: of what follows.
+        clamp: whether large values are cut, as bfloat16 likes and linear layers do without.
+    """
+    x = F.leaky_relu(x + bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2)), SLOPE) * (GAIN * gain)
+    return x.clamp(-CLAMP * gain, CLAMP * gain) if clamp else x
+
+
+def fir(x: Tensor, *, down: int = 1, pad: int) -> Tensor:
+    """The low-pass filter [1, 3, 3, 1] / 8 along both axes, of x [B, C, H, W], and every `down`-th.
+
+    Args:
+        x: [B, C, H, W].
+        down: stride.
+        pad: zeros around x.
+    """
+    C = x.shape[1]
+    taps = torch.tensor(TAPS, dtype=x.dtype, device=x.device)
+    x = F.conv2d(x, taps.view(1, 1, 4, 1).expand(C, 1, 4, 1), stride=(down, 1), padding=(pad, 0),
+                 groups=C)  # fmt: skip
+    return F.conv2d(x, taps.view(1, 1, 1, 4).expand(C, 1, 1, 4), stride=(1, down), padding=(0, pad),
+                    groups=C)  # fmt: skip
+
+
+def upsample(x: Tensor) -> Tensor:
+    """x [B, C, H, W] with zeros between its pixels, filtered: [B, C, 2H, 2W]."""
+    C = x.shape[1]
+    taps = torch.tensor(TAPS, dtype=x.dtype, device=x.device) * 2
+    kernel = torch.outer(taps, taps).expand(C, 1, 4, 4)
+    return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=C)
+
+
+class EqualLinear(nn.Module):
+    """A linear layer whose weight is scaled as it is used: all layers learn equally fast.
+
+    Args:
+        c_in, c_out: widths.
+        activate: follow it by the leaky ReLU.
+        lr_multiplier: m, of weight and bias.
+        bias: its value at the start.
+    """
+
+    def __init__(self, c_in: int, c_out: int, *, activate: bool = False, lr_multiplier: float = 1.0,
+                 bias: float = 0.0) -> None:  # fmt: skip
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((c_out,), bias / lr_multiplier))
+        self.activate, self.lr_multiplier = activate, lr_multiplier
+        self.gain = lr_multiplier / math.sqrt(c_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c_in] -> [B, c_out]."""
+        bias = self.bias * self.lr_multiplier
+        if not self.activate:
+            return F.linear(x, self.weight * self.gain, bias)
+        return bias_act(F.linear(x, self.weight * self.gain), bias, clamp=False)
+
+
+class EqualConv2d(nn.Module):
+    """A convolution whose weight is scaled as it is used; the leaky ReLU follows if it has a bias.
+
+    Args:
+        c_in, c_out: channels.
+        kernel: its side, odd.
+        down: filter and halve: before a kernel of 3 or more, and before one of 1 too.
+        bias: add one and activate.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, *, down: bool = False,
+                 bias: bool = True) -> None:  # fmt: skip
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
+        self.down, self.gain = down, 1 / math.sqrt(c_in * kernel**2)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        """[B, c_in, H, W] -> [B, c_out, H, W], or [B, c_out, H / 2, W / 2], times gain."""
+        kernel = self.weight.shape[-1]
+        weight, pad = self.weight * self.gain, kernel // 2
+        if self.bias is None:
+            weight = weight * gain
+        if self.down and kernel == 1:
+            x = F.conv2d(fir(x, down=2, pad=1), weight)
+        elif self.down:
+            x = F.conv2d(fir(x, pad=pad + 1), weight, stride=2)
+        else:
+            x = F.conv2d(x, weight, padding=pad)
+        return x if self.bias is None else bias_act(x, self.bias, gain=gain)
+
+
+class ModulatedConv2d(nn.Module):
+    """A convolution whose input channels are scaled by a style.
+
+    Args:
+        c_in, c_out: channels.
+        kernel: its side, odd.
+        up: double the size, by a transposed convolution and the filter.
+        demodulate: scale each output channel back to unit variance.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, *, up: bool = False,
+                 demodulate: bool = True) -> None:  # fmt: skip
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
+        self.up, self.demodulate = up, demodulate
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """[B, c_in, H, W], style [B, c_in] -> [B, c_out, H, W] or [B, c_out, 2H, 2W]."""
+        x = x * style[:, :, None, None].to(x.dtype)
+        if self.up:
+            x = F.conv_transpose2d(x, self.weight.transpose(0, 1), stride=2)
+            x = fir(x, pad=1) * 4
+        else:
+            x = F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
+        if self.demodulate:
+            x = x * self.scale(style)[:, :, None, None].to(x.dtype)
+        return x
+
+    def scale(self, style: Tensor) -> Tensor:
+        """d [B, c_out], in the style's precision or better."""
+        with torch.autocast(style.device.type, enabled=False):
+            power = self.weight.square().sum((2, 3))  # [c_out, c_in]
+            return torch.rsqrt(style.to(power.dtype).square() @ power.T + EPS)
+
+
+def with_deviation(x: Tensor, group: int = 4) -> Tensor:
+    """x [B, C, H, W] with one more channel: how much the pictures of a group differ.
+
+    A group holds `group` pictures, or the largest smaller number that divides B.
+    """
+    B, C, H, W = x.shape
+    size = next(n for n in range(min(group, B), 0, -1) if B % n == 0)
+    y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    y = y.reshape(size, -1, C, H, W)
+    y = (y - y.mean(0)).square().mean(0)
+    y = (y + EPS).sqrt().mean((1, 2, 3))  # [B / size]
+    y = y.to(x.dtype).repeat(size)[:, None, None, None].expand(B, 1, H, W)
+    return torch.cat([x, y], 1)

@@ -1,0 +1,130 @@
+"""Batches of pictures and of their embeddings in a joint space, captions where they are known."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastxm.data import BatchSampler, CaptionedImages, text_features
+from fastxm.data.image_features import image_features
+from fastxm.data.transforms import random_flip
+
+Batch = dict[str, Any]
+
+
+class Embeddings:
+    """What a frozen joint encoder makes of a data set, computed once.
+
+    Args:
+        dataset: pictures, some or all of which may have no captions.
+        encoder: as `fastxm.encoders.joint_encoder` gives it.
+        label_fraction: share of the pictures whose captions may be learnt from, in [0, 1].
+        texts: embed the captions; by default only where some may be learnt from.
+        progress: show progress bars.
+
+    Attributes:
+        image: [N, D], of the pictures, unit rows. evidence: [N, E], what the encoder saw.
+        text: [sum of captions, D], unit rows; starts: [N + 1], where each picture's begin.
+        labelled: [N], the pictures whose captions may be learnt from; more of a larger fraction.
+
+    Raises:
+        ValueError: label_fraction is above 0 and no picture has a caption.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        dataset: CaptionedImages,
+        encoder: Any,
+        *,
+        label_fraction: float = 0.0,
+        texts: bool | None = None,
+        progress: bool = True,
+    ) -> None:
+        features = image_features(dataset, encoder.image_encoder, progress=progress)
+        rows = features.split(1024)
+        self.image = torch.cat([encoder.embed_images(part).cpu() for part in rows])
+        self.evidence = torch.cat([encoder.evidence(part).cpu() for part in rows])
+        counts = np.array([len(captions) for captions in dataset.captions])
+        if label_fraction > 0 and not counts.any():
+            raise ValueError(
+                f"label_fraction is {label_fraction}, but {dataset.name} has no captions"
+            )
+        if not (label_fraction > 0 if texts is None else texts):
+            counts[:] = 0
+        self.starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+        self.text = self.image.new_zeros(0, self.image.shape[1])
+        if counts.any():
+            encoded = text_features(dataset, encoder.text_encoder, progress=progress)
+            sentences = torch.from_numpy(encoded.sentences[encoded.rows].astype(np.float32))
+            parts = [encoder.embed_text(part).cpu() for part in sentences.split(4096)]
+            self.text = torch.cat(parts)
+        drawn = np.array([share(id) for id in dataset.ids]) < label_fraction
+        self.labelled = torch.from_numpy(drawn & (counts > 0))
+
+    def batch(self, indices: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        """Of pictures [B] and their captions `numbers` [B]; text is zero where there is none."""
+        has = self.starts[indices + 1] > self.starts[indices]
+        text = self.image.new_zeros(len(indices), self.image.shape[1])
+        text[has] = self.text[(self.starts[indices] + numbers)[has]]
+        return {
+            "embedding": self.image[indices],
+            "evidence": self.evidence[indices],
+            "text": text,
+            "labelled": self.labelled[indices],
+        }
+
+
+def share(id: str) -> float:
+    """A number in [0, 1) of a picture's name, the same on any machine."""
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:4], "big") / 2**32
+
+
+class EmbeddedBatches:
+    """Endless batches of a data set; the sampler's position is the state.
+
+    A batch holds image [B, 3, S, S] in [-1, 1], index [B], and what `Embeddings.batch` gives.
+
+    Args:
+        dataset: pictures.
+        embeddings: of the data set.
+        batch_size: B.
+        seed: of the sampler.
+        flip: mirrors half of the pictures; their embeddings stay.
+        device: where the tensors go.
+    """
+
+    def __init__(
+        self,
+        dataset: CaptionedImages,
+        embeddings: Embeddings,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.dataset, self.embeddings = dataset, embeddings
+        self.flip, self.device = flip, torch.device(device)
+        self.sampler = BatchSampler(dataset, batch_size, seed=seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for indices, numbers in self.sampler:
+            yield self.batch(indices, numbers)
+
+    def batch(self, indices: Tensor, numbers: Tensor) -> Batch:
+        """The pictures `indices` [B] with their captions `numbers` [B]."""
+        image = self.dataset.batch(indices) * 2 - 1
+        if self.flip:
+            image = random_flip(image)
+        tensors = {"image": image, "index": indices, **self.embeddings.batch(indices, numbers)}
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)

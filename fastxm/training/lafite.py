@@ -1,0 +1,487 @@
+"""LAFITE's training: a StyleGAN2 on pictures, whose texts are made of the pictures' embeddings.
+
+    L_G = softplus(-D(G, h)) + itc C(f(G), h) + itd C(f_s(G), h)
+          [+ iic C(f(G), z) + iid C(f_s(G), f_s(x))]
+    L_D = softplus(D(G, h)) + softplus(-D(x, h)) + itd C(f_s(x), h) + R1 every 16 steps
+
+h is drawn anew in every phase: a perturbed picture embedding z, or the embedding of a caption where
+one may be learnt from. f is the frozen joint encoder, on a random square of the picture.
+(Zhou et al., LAFITE, CVPR 2022; values of the released code.)
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastxm import losses
+from fastxm.data import CaptionedImages, open_dataset
+from fastxm.data.image_features import image_features
+from fastxm.data.leak_free import leak_free
+from fastxm.data.subsets import principal
+from fastxm.data.transforms import random_square
+from fastxm.encoders import joint_encoder
+from fastxm.encoders.dual import DualEncoderConfig
+from fastxm.models.lafite import LAFITE, LAFITEConfig
+from fastxm.models.pretrained import Pretrained
+from fastxm.nn.directions import Noise, draw_noise
+from fastxm.training.diagnostics import HeldOutPairs
+from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
+from fastxm.training.ema import EMA
+from fastxm.training.embeddings import Batch, EmbeddedBatches, Embeddings
+from fastxm.training.gan import GANRecipe, gradients, sample_captions
+from fastxm.training.precision import autocast, seed_all
+from fastxm.training.recipe import Player, State
+from fastxm.training.trainer import LoopConfig
+
+
+@dataclass(frozen=True)
+class LAFITETraining:
+    """Everything that decides a training of LAFITE."""
+
+    model: LAFITEConfig = field(default_factory=LAFITEConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    data: str = "emoji"
+    """"emoji", or a folder of pictures, captioned or not."""
+    encoder: str = ""
+    """Directory of a joint encoder (CLIP or a dual encoder); empty trains one on a part of data."""
+    encoder_size: int = 96
+    """Side of the pictures that a trained encoder is given."""
+    split: Literal["auto", "styles", "concepts", "all"] = "auto"
+    """Which pictures: those of a style, or of a style and half of the concepts, that the encoder's
+    pairs do not have, or all; auto is styles, with --encoder all."""
+    label_fraction: float = 0.0
+    """Share of the pictures whose captions are learnt from, in [0, 1]."""
+    batch_size: int = 64
+    """Pictures in an update."""
+    lr: float = 0.0025
+    """Adam's step, before the correction for lazy regularisation."""
+    contrast: Literal["plain", "sharpened"] = "plain"
+    """InfoNCE, or the released code's exponential of it."""
+    temperature: float = 0.5
+    """Of the contrastive losses."""
+    text_share: float = 0.0
+    """Weight of telling a picture's text; the rest tells a text's picture."""
+    encoder_weight: float = 10.0
+    """itc: of drawn pictures and texts, in the encoder's space."""
+    semantic_weight: float = 10.0
+    """itd: of pictures and texts, in the discriminator's space."""
+    picture_weight: float = 0.0
+    """iic: of drawn pictures and real ones, in the encoder's space."""
+    feature_weight: float = 0.0
+    """iid: of drawn pictures and real ones, in the discriminator's space."""
+    smallest_crop: float = 0.5
+    """Least side of the square that the encoder sees of a drawn picture, of the picture's."""
+    text_noise: float = 0.1
+    """Share of noise in the embeddings of captions that are learnt from."""
+    r1_gamma: float = 10.0
+    """Weight of R1."""
+    r1_every: int = 16
+    """Steps between R1's; 0 leaves it out."""
+    path_weight: float = 2.0
+    """Weight of the path length."""
+    path_every: int = 4
+    """Steps between those of the path length; 0 leaves it out."""
+    style_mixing: float = 0.9
+    """Probability of a second w."""
+    ema_images: int = 20_000
+    """Pictures over which the generator's moving average forgets half."""
+    ema_ramp: float = 0.05
+    """Of all pictures seen so far, the largest share of that; 0 does without."""
+    perturbation_steps: int = 2000
+    """Steps of the trained perturbation, before it is frozen."""
+    flip: bool = False
+    """Mirror half of the real pictures."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Arithmetic of convolutions and matrix products."""
+    compile: bool = False
+    """torch.compile what no second derivative is taken of."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    seed: int = 0
+    """Of weights, noise and the order of the data."""
+    samples: int = 32
+    """Pictures in a sample grid."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_fraction <= 1:
+            raise ValueError(f"label_fraction is in [0, 1], not {self.label_fraction}")
+        for name in ("batch_size", "samples", "ema_images", "encoder_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("r1_every", "path_every", "perturbation_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("lr", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.split == "all" and not self.encoder:
+            raise ValueError("split all needs an encoder: without one, some pairs are to train it")
+
+
+class LAFITERecipe(GANRecipe):
+    """LAFITE as the loop sees it.
+
+    Args:
+        config: of the training.
+    """
+
+    system = "lafite"
+    model_class: type[LAFITE] = LAFITE
+    batches: EmbeddedBatches  # type: ignore[assignment]
+    model: LAFITE
+
+    def build(self) -> None:
+        config = self.config
+        self.encoder = self.joint_encoder().to(self.device)
+        seed_all(config.seed, self.device)
+        made_of = config.model
+        if config.encoder and not isinstance(self.encoder, Pretrained):  # not saved with the model
+            made_of = replace(made_of, joint_encoder=str(Path(config.encoder).resolve()))
+        model = self.model_class(made_of)
+        model.attach(self.encoder)
+        self.model = model.train().to(self.device)  # channels_last by itself
+        self.batches = self.open_pictures()
+        self.synthesis: Callable[..., Any] = model.generator.synthesis
+        self.discriminator: Callable[..., Any] = model.discriminator
+        if config.compile:
+            self.synthesis = torch.compile(self.synthesis, fullgraph=True)
+            self.discriminator = torch.compile(self.discriminator, fullgraph=True)
+        self.players = self.make_players()
+        self.ema = EMA(model.generator)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.path_mean = torch.zeros((), device=self.device)
+        self.done = 0
+
+    def joint_encoder(self) -> Any:
+        """The frozen encoder of pictures and captions: given, or trained on its share of the data.
+
+        Raises:
+            ValueError: its width is not the model's.
+        """
+        config = self.config
+        if config.encoder:
+            encoder = joint_encoder(config.encoder)
+        else:
+            made_of = DualEncoderConfig(
+                image_encoder_size=config.encoder_size, width=config.model.embedding
+            )
+            training = DualEncoderTraining(
+                made_of, config.data, config.model.image_size, self.split, epochs=16
+            )
+            encoder = cached_dual_encoder(training).requires_grad_(False)
+            pictures = self.splits[0]
+            pictures = pictures.select(principal(pictures))
+            # the other style's own mean and spread, for which no caption is needed
+            encoder.standardise(image_features(pictures, encoder.image_encoder))
+        if encoder.width != config.model.embedding:
+            raise ValueError(
+                f"{config.encoder} gives embeddings of width {encoder.width}, "
+                f"the configuration has embedding {config.model.embedding}"
+            )
+        return encoder
+
+    def open_pictures(self) -> EmbeddedBatches:
+        """The training data; sets aside what is measured and drawn in the sample grids."""
+        config = self.config
+        train, held_out = self.splits
+        embeddings = Embeddings(train, self.encoder, label_fraction=config.label_fraction)
+        self.pairs = None
+        if any(held_out.captions):
+            self.pairs = HeldOutPairs(held_out, self.encoder, config.seed, config.model.noise)
+        parts = [captioned(part) for part in (train, held_out)]
+        self.captions = []
+        if any(len(part) for part in parts):
+            self.captions = sample_captions(parts, config.samples)
+        options: dict[str, Any] = {"seed": config.seed, "flip": config.flip, "device": self.device}
+        return EmbeddedBatches(train, embeddings, config.batch_size, **options)
+
+    @property
+    def split(self) -> Any:
+        """How the pictures are split: "styles", "concepts" or "all"."""
+        if self.config.split != "auto":
+            return self.config.split
+        return "all" if self.config.encoder else "styles"
+
+    @cached_property
+    def splits(self) -> tuple[CaptionedImages, CaptionedImages]:
+        """Pictures to train on and held-out ones; says what they are."""
+        config = self.config
+        size = config.model.image_size
+        if self.split != "all":
+            parts = leak_free(config.data, size, parted=self.split == "concepts")
+            print("\n".join(parts.lines()), file=sys.stderr, flush=True)
+            return parts.generator, parts.held_out
+        train, held_out = (
+            open_dataset(config.data, size, part, uncaptioned=True) for part in ("train", "val")
+        )
+        with_text = sum(map(bool, train.captions))
+        print(f"{len(train)} pictures, {with_text} with captions", file=sys.stderr, flush=True)
+        return train, held_out
+
+    def make_players(self) -> dict[str, Player]:
+        config, model = self.config, self.model
+        players = {
+            "generator": self.lazy_player(model.generator, config.path_every),
+            "discriminator": self.lazy_player(model.discriminator, config.r1_every),
+        }
+        if config.model.perturbation == "trained":
+            heads = model.perturbation
+            players["perturbation"] = Player(heads, torch.optim.Adam(heads.parameters(), 1e-3))
+        return players
+
+    def lazy_player(self, network: nn.Module, every: int) -> Player:
+        """Adam corrected for one more update every `every` steps (Karras et al. 2020, B)."""
+        share = every / (every + 1) if every else 1.0
+        options: dict[str, Any] = {"betas": (0.0, 0.99**share), "eps": 1e-8, "fused": True}
+        return Player(
+            network, torch.optim.Adam(network.parameters(), self.config.lr * share, **options)
+        )
+
+    # what the base asks for: texts of the sample grids
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        return tuple(self.model.encode(list(captions), self.config.batch_size))
+
+    def text(self, batch: Batch) -> tuple[Tensor, ...]:
+        return (self.model.condition(batch["text"]),)
+
+    @cached_property
+    def sample_inputs(self) -> tuple[Tensor, ...]:
+        if self.captions:
+            with torch.no_grad():
+                return super().sample_inputs
+        # without any caption, what is drawn is of the embeddings of pictures
+        embeddings = self.batches.embeddings.image[: self.config.samples]
+        self.captions = [f"picture {id}" for id in self.batches.dataset.ids[: len(embeddings)]]
+        source = torch.Generator().manual_seed(self.config.seed)
+        noise = torch.randn(len(embeddings), self.model.noise_width, generator=source)
+        return noise.to(self.device), self.model.condition(embeddings.to(self.device))
+
+    def average(self) -> Any:
+        return self.ema.network
+
+    # the stages and a step of each
+
+    def stages(self) -> list[tuple[str, int | None]]:
+        """Names of the stages and how many steps each has; the last goes on to the end."""
+        trained = self.config.model.perturbation == "trained"
+        first = [("perturbation", self.config.perturbation_steps)] if trained else []
+        return [*first, ("adversarial", None)]
+
+    def stage(self) -> tuple[str, int]:
+        """The stage of the next step, and how many of its steps are done."""
+        done = self.done
+        for name, steps in self.stages():
+            if steps is None or done < steps:
+                return name, done
+            done -= steps
+        raise AssertionError("the last stage has no end")
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        name, done = self.stage()
+        metrics = getattr(self, f"{name}_step")(batch, done)
+        self.done += 1
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def held_out(self) -> dict[str, float]:
+        """How near sampled text embeddings are to those of held-out captions; {} without any."""
+        return self.pairs.measure(self.model) if self.pairs else {}
+
+    def perturbation_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
+        """One update of the trained perturbation: samples are to find their own pictures.
+
+        The released code trains it apart, with this loss; of which pairs is not known.
+        """
+        z = batch["embedding"]
+        t = self.model.prior(z).sample(self.noise(len(z)))
+        loss = losses.pseudo_text_loss(z, t, temperature=0.1, text_share=0.5, sharpened=True)
+        self.apply("perturbation", loss)
+        return {"loss_perturbation": loss}
+
+    def adversarial_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
+        """An update of generator and discriminator, and of their regularisers in turn."""
+        config = self.config
+        metrics = self.generator_update(batch)
+        if config.path_every and done % config.path_every == 0:
+            metrics |= self.path_update(batch)
+        metrics |= self.discriminator_update(batch)
+        if config.r1_every and done % config.r1_every == 0:
+            metrics |= self.r1_update(batch)
+        self.update_average()
+        return metrics
+
+    def generator_update(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            text = self.draw_text(batch)
+        loss, parts = self.generator_loss(batch, text)
+        self.apply("generator", loss)
+        return {"loss_g": loss, **parts}
+
+    def generator_loss(self, batch: Batch, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The generator's loss on texts [B, D], and its parts."""
+        config = self.config
+        condition = self.condition(batch, text)
+        with autocast(config.precision, self.device):
+            fake = self.draw_pictures(condition)
+            judged = self.discriminator(fake, condition)
+        parts = {"g_gan": losses.logistic_g(judged.logits)}
+        total = parts["g_gan"]
+        if config.encoder_weight or config.picture_weight:
+            seen = self.see(fake)
+        if config.encoder_weight:
+            parts["g_encoder"] = self.contrast(seen, text)
+            total = total + config.encoder_weight * parts["g_encoder"]
+        if config.semantic_weight:
+            parts["g_semantic"] = self.contrast(judged.semantic, condition)
+            total = total + config.semantic_weight * parts["g_semantic"]
+        if config.picture_weight:
+            parts["g_picture"] = self.contrast(seen, batch["embedding"])
+            total = total + config.picture_weight * parts["g_picture"]
+        if config.feature_weight:
+            with torch.no_grad(), autocast(config.precision, self.device):
+                of_real = self.discriminator(batch["image"], condition).semantic
+            parts["g_feature"] = self.contrast(judged.semantic, of_real)
+            total = total + config.feature_weight * parts["g_feature"]
+        return total, parts
+
+    def discriminator_update(self, batch: Batch) -> dict[str, Tensor]:
+        config = self.config
+        with torch.no_grad():
+            text = self.draw_text(batch)
+            condition = self.condition(batch, text)
+        with autocast(config.precision, self.device):
+            with torch.no_grad():
+                fake = self.draw_pictures(condition)
+            of_fake = self.discriminator(fake, condition)
+            of_real = self.discriminator(self.laid_out(batch["image"]), condition)
+        gan = losses.logistic_d(of_real.logits, of_fake.logits)
+        parts = {"d_gan": gan, "d_real": of_real.logits.mean(), "d_fake": of_fake.logits.mean()}
+        loss = gan
+        if config.semantic_weight:
+            parts["d_semantic"] = self.contrast(of_real.semantic, condition)
+            loss = loss + config.semantic_weight * parts["d_semantic"]
+        self.apply("discriminator", loss)
+        return {"loss_d": loss, **parts}
+
+    def r1_update(self, batch: Batch) -> dict[str, Tensor]:
+        """R1's own update, weighed for the steps it stands for."""
+        with torch.no_grad():
+            condition = self.condition(batch, self.draw_text(batch))
+        real = self.laid_out(batch["image"]).detach().requires_grad_()
+        with autocast(self.config.precision, self.device):
+            logits = self.model.discriminator(real, condition).logits
+        penalty = losses.r1(logits, real)
+        self.apply("discriminator", penalty * (self.config.r1_gamma * self.config.r1_every))
+        return {"r1": penalty}
+
+    def path_update(self, batch: Batch) -> dict[str, Tensor]:
+        """The path length's own update on half a batch, weighed for the steps it stands for."""
+        half = max(1, len(batch["image"]) // 2)
+        part = {name: value[:half] for name, value in batch.items()}
+        with torch.no_grad():
+            condition = self.condition(part, self.draw_text(part))
+        generator = self.model.generator
+        with autocast(self.config.precision, self.device):
+            ws = self.mixed_ws(half)
+            images = generator.synthesis(ws, condition)
+        lengths = losses.path_lengths(images, ws, torch.randn_like(images))
+        self.path_mean = self.path_mean.lerp(lengths.detach().mean(), 0.01)
+        penalty = (lengths - self.path_mean).square().mean()
+        self.apply("generator", penalty * (self.config.path_weight * self.config.path_every))
+        return {"path": self.path_mean}
+
+    # their parts
+
+    def noise(self, count: int) -> Noise:
+        config = self.config.model
+        return draw_noise(count, config.embedding, form=config.noise, device=self.device)
+
+    def draw_text(self, batch: Batch) -> Tensor:
+        """A text embedding [B, D] of each picture: of a caption where it is labelled."""
+        noise = self.noise(len(batch["image"]))
+        return self.with_captions(batch, self.pseudo_text(batch).sample(noise), noise)
+
+    def pseudo_text(self, batch: Batch) -> Any:
+        """The distribution of text embeddings that pictures without captions are given."""
+        return self.model.prior(batch["embedding"])
+
+    def with_captions(self, batch: Batch, pseudo: Tensor, noise: Noise) -> Tensor:
+        """Pseudo texts [B, D], and those of captions, a little perturbed, where they are known."""
+        if not self.config.label_fraction:
+            return pseudo
+        share = self.config.text_noise
+        blurred = (1 - share) * batch["text"] + share * F.normalize(noise.direction, dim=1)
+        return torch.where(batch["labelled"][:, None], F.normalize(blurred, dim=1), pseudo)
+
+    def condition(self, batch: Batch, text: Tensor) -> Tensor:
+        """What the networks are given of texts [B, D]."""
+        return self.model.condition(text)
+
+    def mixed_ws(self, count: int) -> Tensor:
+        """Rows of w [B, num_ws, w_dim], of two noises where styles are mixed."""
+        generator, width = self.model.generator, self.config.model.z_dim
+        rows = generator.num_ws
+        cut = rows
+        if torch.rand(()).item() < self.config.style_mixing:
+            cut = int(torch.randint(1, rows, ()).item())
+        first = generator.mapping(torch.randn(count, width, device=self.device))[:, None]
+        if cut == rows:
+            return first.expand(-1, rows, -1)
+        second = generator.mapping(torch.randn(count, width, device=self.device))[:, None]
+        return torch.cat([first.expand(-1, cut, -1), second.expand(-1, rows - cut, -1)], 1)
+
+    def draw_pictures(self, condition: Tensor) -> Tensor:
+        return self.laid_out(self.synthesis(self.mixed_ws(len(condition)), condition))
+
+    def see(self, fake: Tensor) -> Tensor:
+        """Embeddings [B, D] of a random square of drawn pictures, differentiable to them."""
+        square = random_square(fake, self.config.smallest_crop)
+        with autocast(self.config.precision, self.device):
+            return self.encoder.embed_images(square / 2 + 0.5).float()
+
+    def contrast(self, images: Tensor, text: Tensor) -> Tensor:
+        config = self.config
+        return losses.pseudo_text_loss(
+            images,
+            text,
+            temperature=config.temperature,
+            text_share=config.text_share,
+            sharpened=config.contrast == "sharpened",
+        )
+
+    def laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def apply(self, player: str, loss: Tensor) -> None:
+        """One update of a player by a loss."""
+        parameters = list(self.players[player].network.parameters())
+        self.update({player: gradients(loss, parameters)})
+
+    def update_average(self) -> None:
+        """Moves the generator's average; its half-life grows with what has been seen."""
+        config, batch = self.config, self.config.batch_size
+        half_life = float(config.ema_images)
+        if config.ema_ramp:
+            half_life = min(half_life, config.ema_ramp * batch * (self.ema.updates + 1))
+        self.ema.decay = 0.5 ** (batch / half_life)
+        self.ema.update(self.model.generator)
+
+    def state_dict(self) -> State:
+        return {**super().state_dict(), "path_mean": self.path_mean, "done": self.done}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        self.path_mean = state["path_mean"].to(self.device)
+        self.done = state["done"]
+
+
+def captioned(dataset: CaptionedImages) -> CaptionedImages:
+    """The pictures that have captions."""
+    return dataset.select([i for i, captions in enumerate(dataset.captions) if captions])

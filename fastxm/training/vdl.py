@@ -1,0 +1,210 @@
+"""VDL's training, in stages on LAFITE's; a reconstruction (see `fastxm.models.vdl`).
+
+    adversarial    stage 1: LAFITE, with t ~ p(t | z)
+    posterior      stage 2a: the networks stay, q learns
+                       kx (1 - cos(f(G), z)) + lc C(f(G), t) + beta KL(q || p) / D
+    refinement     stage 2b: q stays, LAFITE goes on with t ~ q, and t ~ p for a share of pictures
+    joint          instead of 2a and 2b: both at once
+
+Pictures with captions that may be learnt from give, instead of a sample, their text, and the
+posterior and the prior there learn from -log q(t | x, z) and -log p(t | z).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastxm.models.vdl import VDL, VDLConfig
+from fastxm.training.embeddings import Batch
+from fastxm.training.gan import gradients
+from fastxm.training.lafite import LAFITERecipe, LAFITETraining
+from fastxm.training.precision import autocast
+from fastxm.training.recipe import Player, State
+
+
+@dataclass(frozen=True)
+class VDLTraining(LAFITETraining):
+    """Everything that decides a training of VDL."""
+
+    model: VDLConfig = field(default_factory=VDLConfig)
+    schedule: Literal["staged", "joint"] = "staged"
+    """Stages 2a and 2b one after the other, or both at once."""
+    adversarial_steps: int = 20_000
+    """Steps of stage 1."""
+    posterior_steps: int = 5000
+    """Steps of stage 2a; stage 2b lasts to the end."""
+    posterior_lr: float = 1e-3
+    """Adam's step of the posterior; it falls to a tenth in stage 2a."""
+    reconstruction_weight: float = 1.0
+    """kx: that the drawn picture has the picture's embedding."""
+    alignment_weight: float = 1.0
+    """lc: that the drawn picture matches the sampled text."""
+    kl_weight: float = 0.1
+    """beta, of the KL divided by the embedding's width."""
+    kl_warmup: float = 0.2
+    """Share of stage 2a in which beta rises from 0."""
+    kl_target: float = 0.0
+    """Nats a picture that beta is moved to hold; 0 keeps beta."""
+    supervision_weight: float = 1.0
+    """alpha: of -log q and -log p of known texts, divided by the embedding's width."""
+    prior_share: float = 0.5
+    """Share of the pictures in stage 2b whose text is drawn from p."""
+    drop_image: float = 0.3
+    """Share of the pictures whose embedding is hidden where networks are given pairs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("adversarial_steps", "posterior_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("kl_warmup", "prior_share", "drop_image"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is in [0, 1], not {getattr(self, name)}")
+        for name in ("kl_weight", "kl_target"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+
+
+class VDLRecipe(LAFITERecipe):
+    """VDL as the loop sees it.
+
+    Args:
+        config: of the training.
+    """
+
+    system = "vdl"
+    model_class = VDL
+    model: VDL
+
+    def __init__(self, config: VDLTraining) -> None:
+        super().__init__(config)
+        self.multiplier = 1.0  # of beta, where a target holds the KL
+
+    def joint_encoder(self) -> Any:
+        encoder = super().joint_encoder()
+        c = self.config.model
+        if c.evidence == "encoder" and encoder.evidence_width != c.evidence_width:
+            raise ValueError(
+                f"the encoder gives evidence of width {encoder.evidence_width}, "
+                f"the configuration has evidence_width {c.evidence_width}"
+            )
+        return encoder
+
+    def make_players(self) -> dict[str, Player]:
+        heads = nn.ModuleList([self.model.posterior_heads])
+        if self.config.label_fraction:
+            heads.append(self.model.prior_heads)
+        adam = torch.optim.Adam(heads.parameters(), self.config.posterior_lr, fused=True)
+        return {**super().make_players(), "posterior": Player(heads, adam)}
+
+    def stages(self) -> list[tuple[str, int | None]]:
+        config = self.config
+        first = ("adversarial", config.adversarial_steps)
+        if config.schedule == "joint":
+            return [first, ("joint", None)]
+        return [first, ("posterior", config.posterior_steps), ("refinement", None)]
+
+    def posterior_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
+        """Stage 2a: one update of the posterior, and of the prior where captions are known."""
+        progress = done / self.config.posterior_steps
+        for group in self.players["posterior"].optimizer.param_groups:
+            group["lr"] = self.config.posterior_lr * 0.1**progress
+        noise = self.noise(len(batch["image"]))
+        q = self.posterior(batch)
+        text = self.with_captions(batch, q.sample(noise), noise)
+        with autocast(self.config.precision, self.device):
+            fake = self.draw_pictures(self.condition(batch, text))
+        seen = self.see(fake)
+        drawn = 1 - (seen * batch["embedding"]).sum(1)
+        parts = {"q_picture": drawn.mean(), "q_text": self.contrast(seen, text)}
+        loss = self.config.reconstruction_weight * parts["q_picture"]
+        loss = loss + self.config.alignment_weight * parts["q_text"]
+        own, more = self.posterior_loss(batch, q, progress)
+        self.apply("posterior", loss + own)
+        return {"loss_q": loss + own, **parts, **more}
+
+    def refinement_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
+        """Stage 2b: a step of LAFITE on samples of the posterior."""
+        return self.adversarial_step(batch, done)
+
+    def joint_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
+        """Stages 2a and 2b at once."""
+        return self.adversarial_step(batch, done)
+
+    def generator_update(self, batch: Batch) -> dict[str, Tensor]:
+        name, done = self.stage()
+        if name != "joint":
+            return super().generator_update(batch)
+        text = self.draw_text(batch)
+        loss, parts = self.generator_loss(batch, text)
+        own, more = self.posterior_loss(
+            batch, self.posterior(batch), done / self.config.posterior_steps
+        )
+        players = {name: self.players[name] for name in ("generator", "posterior")}
+        networks = {name: list(player.network.parameters()) for name, player in players.items()}
+        whole = gradients(loss + own, [p for group in networks.values() for p in group])
+        count = len(networks["generator"])
+        self.update({"generator": whole[:count], "posterior": whole[count:]})
+        return {"loss_g": loss, "loss_q": own, **parts, **more}
+
+    def posterior_loss(
+        self, batch: Batch, q: Any, progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The KL, and the densities of known texts, as weighed; and what to log of them."""
+        config, width = self.config, self.config.model.embedding
+        p = self.model.prior(batch["embedding"])
+        kl = q.kl(p)
+        labelled = batch["labelled"]
+        mean = kl[~labelled].mean() if (~labelled).any() else kl.mean()
+        beta = config.kl_weight * self.multiplier
+        if config.kl_warmup:
+            beta *= min(1.0, progress / config.kl_warmup)
+        loss = beta * mean / width
+        metrics = {"kl": mean, "beta": torch.tensor(beta, device=self.device)}
+        if config.label_fraction and labelled.any():
+            known = batch["text"]
+            densities = {"q": q.log_density(known), "p": p.log_density(known)}
+            for name, density in densities.items():
+                metrics[f"log_{name}"] = density[labelled].mean()
+                loss = loss - config.supervision_weight * metrics[f"log_{name}"] / width
+        if config.kl_target:
+            self.hold(mean.item())
+        return loss, metrics
+
+    def hold(self, kl: float) -> None:
+        """One step of dual ascent: beta grows while the KL is above its target."""
+        target = self.config.kl_target
+        step = max(-1.0, min(1.0, (kl - target) / target))
+        self.multiplier = min(1e3, max(1e-3, self.multiplier * math.exp(0.05 * step)))
+
+    def posterior(self, batch: Batch) -> Any:
+        return self.model.posterior(batch["embedding"], batch["evidence"])
+
+    def draw_text(self, batch: Batch) -> Tensor:
+        """A text embedding [B, D] of each picture, as the stage has it."""
+        name, _ = self.stage()
+        if name == "adversarial":
+            return super().draw_text(batch)
+        noise = self.noise(len(batch["image"]))
+        own = self.posterior(batch).sample(noise)
+        with torch.no_grad():
+            common = self.model.prior(batch["embedding"]).sample(noise)
+        chosen = torch.rand(len(own), 1, device=self.device) < self.config.prior_share
+        return self.with_captions(batch, torch.where(chosen, common, own), noise)
+
+    def condition(self, batch: Batch, text: Tensor) -> Tensor:
+        image = batch["embedding"]
+        if self.config.model.conditioning == "text":
+            return self.model.condition(text)
+        kept = torch.rand(len(image), 1, device=self.device) >= self.config.drop_image
+        return self.model.condition(text, image * kept)
+
+    def state_dict(self) -> State:
+        return {**super().state_dict(), "multiplier": self.multiplier}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        self.multiplier = state["multiplier"]

@@ -1,0 +1,98 @@
+"""CLIP from a directory: against transformers' own call, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_clip import write
+from torch.nn import functional as F
+from transformers import CLIPModel
+
+from fastxm.encoders import joint_encoder
+from fastxm.encoders.clip import CLIP, MEAN, STD
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    return CLIP(folder)
+
+
+def test_embeddings_are_transformers(clip, folder):
+    theirs = CLIPModel.from_pretrained(folder)
+    images = torch.rand(3, 3, 16, 16)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    tokens = clip.tower.tokenizer(["red", "a blue cat"], padding=True, return_tensors="pt")
+    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        out = theirs(pixel_values=(images - mean) / std, **inputs)
+        torch.testing.assert_close(clip.embed_images(images), out.image_embeds)
+        torch.testing.assert_close(clip.embed_text(["red", "a blue cat"]), out.text_embeds)
+
+
+def test_pictures_are_resized_and_differentiable_and_the_weights_frozen(clip):
+    images = torch.rand(2, 3, 24, 24, requires_grad=True)
+    small = F.interpolate(images, (16, 16), mode="bicubic", antialias=True)
+    embedded = clip.embed_images(images)
+    torch.testing.assert_close(embedded, clip.embed_images(small))
+    embedded.sum().backward()
+    assert images.grad.any()
+    assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
+
+
+def test_features_are_taken_for_what_they_are_of(clip):
+    images, captions = torch.rand(5, 3, 20, 20), ["red", "blue", "a very long caption of letters"]
+    features = clip.image_encoder.embed(images, batch_size=2)
+    assert features.shape == (5, clip.evidence_width)
+    torch.testing.assert_close(clip.embed_images(features), clip.embed_images(images))
+    sentence = clip.text_encoder(captions).sentence
+    torch.testing.assert_close(clip.embed_text(sentence), clip.embed_text(captions))
+    evidence = clip.evidence(features)
+    torch.testing.assert_close(evidence.mean(1), torch.zeros(5), atol=1e-6, rtol=0)
+
+
+def test_by_name(folder, clip):
+    assert joint_encoder(folder).name == clip.name
+
+
+def test_directories_that_are_none(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="local directory"):
+        CLIP(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="holds no CLIP"):
+        CLIP(tmp_path)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        CLIP(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"has no weights: no open_clip_model\.safetensors"):
+        CLIP(tmp_path)
+
+
+def test_pictures_must_be_floats(clip):
+    with pytest.raises(ValueError, match="images are floats"):
+        clip.features(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_a_model_of_open_clip(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    text = {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+    vision = {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8}
+    config = {"embed_dim": 6, "vision_cfg": vision, "text_cfg": text}
+    theirs = open_clip.CLIP(**config).eval()
+    weights = {name: value.contiguous() for name, value in theirs.state_dict().items()}
+    save_file(weights, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    clip = CLIP(tmp_path)
+    images, captions = torch.rand(2, 3, 16, 16), ["a red cat", "b"]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    with torch.no_grad():
+        expected = theirs.encode_image((images - mean) / std, normalize=True)
+        torch.testing.assert_close(clip.embed_images(images), expected)
+        tokens = open_clip.SimpleTokenizer(context_length=12)(captions)
+        expected = theirs.encode_text(tokens, normalize=True)
+        torch.testing.assert_close(clip.embed_text(captions), expected)

@@ -1,0 +1,337 @@
+"""LAFITE's and VDL's steps: who moves in which stage, resuming, captions that are not there."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from small import pictures
+from tiny_clip import write
+from torch.nn import functional as F
+
+from fastxm import VDL, losses
+from fastxm.data.leak_free import leak_free, told
+from fastxm.models.lafite import LAFITEConfig
+from fastxm.models.vdl import VDLConfig
+from fastxm.nn.directions import draw_noise
+from fastxm.training.lafite import LAFITERecipe, LAFITETraining
+from fastxm.training.trainer import LoopConfig, train
+from fastxm.training.vdl import VDLRecipe, VDLTraining
+
+TINY = {"image_size": 16, "embedding": 6, "z_dim": 4, "w_dim": 4, "mapping_layers": 1,
+        "channel_base": 64, "channel_max": 4, "hidden": 8}  # fmt: skip
+LOOP = LoopConfig(steps=7, log_every=1, sample_every=4, checkpoint_every=3)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTXM_DATA", str(tmp_path / "cache"))
+
+
+def common(data, clip, **fields):
+    plain = {"data": str(data), "encoder": str(clip), "batch_size": 4, "samples": 3,
+             "device": "cpu", "r1_every": 2, "path_every": 2,
+             "flip": True, "loop": LOOP}  # fmt: skip
+    return {**plain, **fields}
+
+
+def vdl(data, clip, model=None, **fields) -> VDLRecipe:
+    config = VDLConfig(**{**TINY, "evidence_width": 8, **(model or {})})
+    steps = {"adversarial_steps": 2, "posterior_steps": 3}
+    return VDLRecipe(VDLTraining(model=config, **common(data, clip, **{**steps, **fields})))
+
+
+def lafite(data, clip, model=None, **fields) -> LAFITERecipe:
+    config = LAFITEConfig(**{**TINY, **(model or {})})
+    return LAFITERecipe(LAFITETraining(model=config, **common(data, clip, **fields)))
+
+
+def built(recipe):
+    recipe.build()
+    return recipe, next(iter(recipe.batches))
+
+
+def state(network) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def moved(network, before) -> bool:
+    return any(not torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_stage_1_is_lafite_to_the_bit(data, clip):
+    ours, theirs = built(vdl(data, clip)), built(lafite(data, clip))
+    shared = {k: v for k, v in ours[0].model.state_dict().items() if "heads" not in k}
+    theirs[0].model.load_state_dict(shared)
+    found = []
+    for recipe, batch in (ours, theirs):
+        torch.manual_seed(5)
+        found.append([recipe.step(batch) for _ in range(2)])
+    for a, b in zip(*found):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_who_moves_in_which_stage(data, clip):
+    recipe, batch = built(vdl(data, clip))
+    model, seen = recipe.model, []
+    frozen = state(recipe.encoder)
+    for _ in range(7):
+        before = {name: state(part) for name, part in model.named_children()}
+        stage, _ = recipe.stage()
+        metrics = recipe.step(batch)
+        seen.append((stage, {n for n, part in model.named_children() if moved(part, before[n])}))
+        assert all(value.isfinite() for value in metrics.values())
+    both = {"generator", "discriminator"}
+    assert (
+        seen
+        == [("adversarial", both)] * 2
+        + [("posterior", {"posterior_heads"})] * 3
+        + [("refinement", both)] * 2
+    )
+    assert not moved(recipe.encoder, frozen)
+
+
+def test_joint_stage_moves_all_but_the_prior(data, clip):
+    recipe, batch = built(vdl(data, clip, schedule="joint", adversarial_steps=1))
+    recipe.step(batch)
+    before = {name: state(part) for name, part in recipe.model.named_children()}
+    metrics = recipe.step(batch)
+    still = {n for n, part in recipe.model.named_children() if not moved(part, before[n])}
+    assert still == {"prior_heads"}
+    assert {"kl", "loss_q", "loss_g", "loss_d"} <= set(metrics)
+
+
+def test_the_reconstruction_s_gradient_reaches_the_posterior_and_no_encoder(data, clip):
+    recipe, batch = built(vdl(data, clip))
+    q = recipe.posterior(batch)
+    text = q.sample(draw_noise(4, 6))
+    seen = recipe.see(recipe.draw_pictures(recipe.model.condition(text)))
+    loss = (1 - (seen * batch["embedding"]).sum(1)).mean()
+    last = recipe.model.posterior_heads.shift[-1].weight
+    assert torch.autograd.grad(loss, last)[0].any()
+    assert not any(p.requires_grad for p in recipe.encoder.parameters())
+
+
+def test_captions_move_the_prior_too(data, clip):
+    recipe, batch = built(vdl(data, clip, label_fraction=1.0, adversarial_steps=1))
+    recipe.step(batch)
+    before = state(recipe.model.prior_heads)
+    metrics = recipe.step(batch)
+    assert moved(recipe.model.prior_heads, before)
+    assert {"log_q", "log_p"} <= set(metrics)
+
+
+def test_supervision_turns_posterior_and_prior_to_the_captions(data, clip):
+    recipe, batch = built(
+        vdl(
+            data,
+            clip,
+            label_fraction=1.0,
+            adversarial_steps=1,
+            posterior_steps=60,
+            posterior_lr=1e-2,
+            supervision_weight=10.0,
+        )
+    )
+    recipe.step(batch)
+    found = [recipe.step(batch) for _ in range(60)]
+    for name in ("log_q", "log_p"):
+        assert found[-1][name] > found[0][name] + 0.5
+
+
+def test_beta_rises_while_the_kl_is_above_its_target_and_resumes(data, clip):
+    recipe, batch = built(vdl(data, clip, adversarial_steps=1, kl_target=2.0, kl_warmup=0.0))
+    found = [recipe.hold(kl) or recipe.multiplier for kl in (4.0, 4.0, 1.0)]
+    assert found[1] > found[0] > 1
+    assert found[2] < found[1]
+    recipe.step(batch)
+    before = recipe.multiplier
+    assert recipe.step(batch)["beta"].item() == pytest.approx(0.1 * before)
+    assert recipe.multiplier < before  # the first KL is 0
+    other, _ = built(vdl(data, clip, adversarial_steps=1, kl_target=2.0))
+    other.load_state_dict(recipe.state_dict())
+    assert other.multiplier == recipe.multiplier
+
+
+def test_warm_up_of_beta(data, clip):
+    recipe, batch = built(vdl(data, clip, posterior_steps=10, kl_warmup=0.5, adversarial_steps=1))
+    recipe.step(batch)
+    betas = [recipe.step(batch)["beta"].item() for _ in range(7)]
+    assert betas == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+
+
+def test_pairs_condition_on_pictures_that_are_sometimes_hidden(data, clip):
+    recipe, batch = built(vdl(data, clip, {"conditioning": "pair"}, drop_image=0.5))
+    text = torch.randn(4, 6)
+    torch.manual_seed(0)
+    rows = torch.cat([recipe.condition(batch, text) for _ in range(50)])
+    hidden = (rows[:, 6:] == 0).all(1)
+    assert 60 < hidden.sum() < 140
+    for _ in range(7):
+        assert recipe.step(batch)
+
+
+def test_the_trained_perturbation_learns_first_and_then_stays(data, clip):
+    recipe, batch = built(lafite(data, clip, {"perturbation": "trained"}, perturbation_steps=20))
+    first = [recipe.step(batch)["loss_perturbation"] for _ in range(20)]
+    assert sum(first[-5:]) < sum(first[:5])
+    before = state(recipe.model.perturbation)
+    assert "loss_g" in recipe.step(batch)
+    assert not moved(recipe.model.perturbation, before)
+
+
+def test_the_average_s_half_life(data, clip):
+    recipe, _ = built(lafite(data, clip, ema_images=40, ema_ramp=0.5))
+    decays = []
+    for _ in range(30):
+        recipe.update_average()
+        decays.append(recipe.ema.decay)
+    # half of what is seen after 4, 8, ... pictures; 40 from 80 pictures on
+    assert decays[:3] == pytest.approx([0.5**2, 0.5, 0.5 ** (4 / 6)])
+    assert decays[-1] == pytest.approx(0.5 ** (4 / 40))
+
+
+@pytest.mark.parametrize("make", [vdl, lafite])
+def test_a_resumed_run_is_one_never_stopped(data, clip, make, tmp_path):
+    whole = train(make(data, clip), tmp_path / "whole", LOOP)
+    train(make(data, clip), tmp_path / "parts", replace(LOOP, steps=3))
+    parts = train(make(data, clip), tmp_path / "parts", LOOP, resume=True)
+    read = [(run.out / "metrics.jsonl").read_text() for run in (whole, parts)]
+    assert read[0] == read[1]
+    grids = [run.grid.read_bytes() for run in (whole, parts)]
+    assert grids[0] == grids[1]
+    figures = [(run.out / "held_out.jsonl").read_text() for run in (whole, parts)]
+    last = [json.loads(text.splitlines()[-1]) for text in figures]
+    assert last[0] == last[1]
+    assert {"cos_image", "cos_prior", "recall@10_prior"} <= set(last[0])
+    assert (make is lafite) == ({"kl", "cos_sampled", "recall@10_sampled"}.isdisjoint(last[0]))
+
+
+def test_the_export_draws_from_text(data, clip, tmp_path):
+    run = train(vdl(data, clip), tmp_path / "run", replace(LOOP, steps=1))
+    model = VDL.from_pretrained(run.model)  # its config says where the CLIP is
+    assert model.generate(["a red picture"], seed=0).shape == (1, 3, 16, 16)
+
+
+def without_captions(data, folder, which):
+    shutil.copytree(data, folder)
+    for i in which:
+        (folder / f"{i}.txt").unlink()
+    return folder
+
+
+def test_no_captions_at_all(data, clip, tmp_path):
+    bare = without_captions(data, tmp_path / "bare", range(16))
+    recipe = vdl(bare, clip)
+    run = train(recipe, tmp_path / "run", LOOP)
+    assert run.step == 7
+    assert run.grid
+    assert recipe.captions[0].startswith("picture ")
+    with pytest.raises(ValueError, match=r"label_fraction is 0\.5, but bare has no captions"):
+        vdl(bare, clip, label_fraction=0.5).build()
+    with pytest.raises(ValueError, match="captioned pictures"):
+        vdl(bare, "", encoder="").build()
+
+
+def test_captions_missing_for_some_pictures(data, clip, tmp_path):
+    some = without_captions(data, tmp_path / "some", range(0, 16, 2))
+    recipe, _ = built(vdl(some, clip, label_fraction=1.0))
+    embeddings, dataset = recipe.batches.embeddings, recipe.batches.dataset
+    expected = [bool(captions) for captions in dataset.captions]
+    assert embeddings.labelled.tolist() == expected
+    assert 0 < sum(expected) < len(expected)
+    everything = recipe.batches.batch(
+        torch.arange(len(dataset)), torch.zeros(len(dataset), dtype=torch.int64)
+    )
+    assert torch.equal(everything["text"].norm(dim=1) > 0, embeddings.labelled)
+    text = recipe.draw_text(everything)
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(len(dataset)))
+    near = (text * everything["text"]).sum(1)
+    assert (near[embeddings.labelled] > 0.9).all()
+
+
+def test_fractions_are_nested(data, clip):
+    chosen = []
+    for fraction in (0.2, 0.6):
+        recipe, _ = built(vdl(data, clip, label_fraction=fraction))
+        chosen.append(recipe.batches.embeddings.labelled)
+    assert (chosen[0] <= chosen[1]).all()
+    assert chosen[0].sum() < chosen[1].sum()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_fraction": 1.5}, r"label_fraction is in \[0, 1\], not 1.5"),
+        ({"label_fraction": -0.1}, r"label_fraction is in \[0, 1\]"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"r1_every": -1}, "r1_every must be at least 0"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"prior_share": 2.0}, r"prior_share is in \[0, 1\]"),
+        ({"posterior_steps": 0}, "posterior_steps must be at least 1"),
+        ({"split": "all", "encoder": ""}, "split all needs an encoder"),
+    ],
+)
+def test_bad_trainings(fields, message):
+    with pytest.raises(ValueError, match=message):
+        VDLTraining(**fields)
+
+
+def test_widths_that_do_not_match(data, clip):
+    with pytest.raises(ValueError, match="width 6, the configuration has embedding 5"):
+        vdl(data, clip, {"embedding": 5}).build()
+    with pytest.raises(ValueError, match="evidence of width 8, the configuration has"):
+        vdl(data, clip, {"evidence_width": 9}).build()
+
+
+def test_a_clip_without_weights(data, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        vdl(data, tmp_path).build()
+
+
+def test_no_caption_leaks(data):
+    parts = leak_free(str(data), 16)
+    named = [set(p.groups) for p in (parts.encoder, parts.generator, parts.held_out)]
+    assert not named[0] & named[1]
+    assert not (named[0] | named[1]) & named[2]
+    assert not told(parts.encoder) & (told(parts.generator) | told(parts.held_out))
+    assert parts.lines()[-1].startswith("of the encoder's: 0 captions and 0 concepts are among")
+
+
+def test_step_s_loss_is_the_sum_of_its_parts(data, clip):
+    recipe, batch = built(lafite(data, clip, picture_weight=2.0, feature_weight=0.5))
+    text = F.normalize(torch.randn(4, 6), dim=1)
+    torch.manual_seed(1)
+    total, parts = recipe.generator_loss(batch, text)
+    weights = {"g_gan": 1, "g_encoder": 10, "g_semantic": 10, "g_picture": 2, "g_feature": 0.5}
+    assert set(parts) == set(weights)
+    torch.testing.assert_close(total, sum(w * parts[name] for name, w in weights.items()))
+
+
+def test_r1_is_the_squared_slope(data, clip):
+    recipe, batch = built(lafite(data, clip))
+    network = copy.deepcopy(recipe.model.discriminator).double()
+    x = batch["image"].double().requires_grad_()
+    text = F.normalize(torch.randn(4, 6), dim=1).double()
+    found = losses.r1(network(x, text).logits, x)
+    direction = torch.randn_like(x)
+    step = 1e-6 * direction
+    with torch.no_grad():
+        rise = (network(x + step, text).logits - network(x - step, text).logits).sum() / 2e-6
+    (slope,) = torch.autograd.grad(network(x, text).logits.sum(), x)
+    torch.testing.assert_close((slope * direction).sum(), rise, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, slope.square().sum() / 8)
