@@ -14,10 +14,11 @@ Gretton et al. 2012 (JMLR 13, and NIPS for "linear"); Zaremba et al. 2013 for "b
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.mmd_checks import Problem, chosen, families, problem, stated
+from fastxm.ops.mmd_checks import chosen, problem
 from fastxm.ops.mmd_kernels import (
     RBF,
     Energy,
@@ -27,9 +28,7 @@ from fastxm.ops.mmd_kernels import (
     Polynomial,
     RationalQuadratic,
 )
-from fastxm.ops.mmd_problems import per_problem
-from fastxm.ops.mmd_reference import Options, linear_sums
-from fastxm.ops.mmd_sums import kernel_sums
+from fastxm.ops.mmd_means import coefficients, of_ranks, sums_of
 
 __all__ = ["DEFAULT", "RBF", "Energy", "Kernel", "Laplace", "Linear", "Polynomial",
            "RationalQuadratic", "mmd2"]  # fmt: skip
@@ -49,6 +48,7 @@ def mmd2(
     y_starts: Tensor | None = None,
     block_size: int | None = None,
     precision: str | None = None,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """Squared maximum mean discrepancy of two samples, or of many pairs of samples at once.
 
@@ -66,6 +66,10 @@ def mmd2(
         block_size: rows a block for "block", ceil(sqrt(N)) unless given.
         precision: of the products: "float32", "bfloat16", or on a GPU "tf32" or "tf32x3" (three
             products of TF32). None: bfloat16 where both x and y are; else float32 (float64).
+        group: a torch.distributed group: each rank gives its own rows (as many of x as of y for
+            "u_statistic") and has the MMD of those of all, of one problem. Gradients of rows are
+            those of the sum of the ranks' results, so that DistributedDataParallel's average is
+            right; those of bandwidths are whole on every rank. Not for "linear" and "block".
 
     Returns:
         a scalar, or [G]; float32 (float64 for float64 inputs), under autocast too.
@@ -75,8 +79,11 @@ def mmd2(
         TypeError: x or y of no floating dtype, a kernel that is none, or tensors of several
             devices.
     """
-    p = problem(x, y, kernel, estimator, x_weight, y_weight, x_starts, y_starts)
+    given = (kernel, estimator, x_weight, y_weight, x_starts, y_starts)
+    p = problem(x, y, *given, least=None if group is None else 0)
     precision = chosen(precision, x, y)
+    if group is not None and (p.x_starts is not None or estimator in ("linear", "block")):
+        raise ValueError(f"a group takes one problem, and not estimator {estimator!r}")
     with torch.autocast(x.device.type, enabled=False):
         if estimator == "linear":
             x, y = dispatch.wide(x, y)
@@ -84,39 +91,11 @@ def mmd2(
         if estimator == "block":
             return _block(x, y, kernel, block_size, precision)
         drop = (estimator != "biased", estimator == "u_statistic")
+        if group is not None:
+            return of_ranks(p, kernel, drop, precision, group)
         c = coefficients(p.a.double(), p.b.double(), p.x_starts, p.y_starts, *drop)
         total = sums_of(p, kernel, c, drop, precision)
     return total if p.x_starts is not None else total[0]
-
-
-def sums_of(
-    p: Problem, kernel: Kernel, c: Tensor, drop: tuple[bool, bool], precision: str
-) -> Tensor:
-    """[G], the three sums of each problem with the coefficients c [G, 3]."""
-    total = p.a.new_zeros(len(c))
-    starts, like = (p.x_starts, p.y_starts), p.a.new_empty(0, p.x.shape[1])
-    for terms in families(kernel):
-        if terms[0].kind == "linear":
-            weight = torch.stack([k.parameters(like)[0, 0] for k in terms]).sum()
-            total = total + weight * linear_sums(p.x, p.y, p.a, p.b, c, *starts, *drop)
-            continue
-        given, parameters = stated(terms, like)
-        options = Options(given, *drop, precision)
-        total = total + kernel_sums(p.x, p.y, p.a, p.b, c, parameters, *starts, options)
-    return total
-
-
-def coefficients(a, b, x_starts, y_starts, drop_self: bool, drop_paired: bool) -> Tensor:
-    """[G, 3], one over the sum of the weights of the pairs in each of the three means; the last
-    times -2."""
-    of_x, of_y = per_problem(a, x_starts), per_problem(b, y_starts)
-    xx, yy, xy = of_x.square(), of_y.square(), of_x * of_y
-    if drop_self:
-        xx = xx - per_problem(a.square(), x_starts)
-        yy = yy - per_problem(b.square(), y_starts)
-    if drop_paired:
-        xy = xy - per_problem(a * b, x_starts)
-    return torch.stack([1 / xx, 1 / yy, -2 / xy], 1)
 
 
 def _linear(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:

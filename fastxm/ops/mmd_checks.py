@@ -37,8 +37,12 @@ def problem(
     y_weight: Tensor | None = None,
     x_starts: Tensor | None = None,
     y_starts: Tensor | None = None,
+    least: int | None = None,
 ) -> Problem:
-    """The arguments of mmd2 as a Problem; raises ValueError or TypeError where they are none."""
+    """The arguments of mmd2 as a Problem; raises ValueError or TypeError where they are none.
+
+    least: rows of a sample, if not what the estimator needs (a rank may have none).
+    """
     dispatch.one_device("mmd2", x, y, x_weight, y_weight)
     if not (x.is_floating_point() and y.is_floating_point()):
         raise TypeError(f"mmd2 needs floating x and y, not {x.dtype} and {y.dtype}")
@@ -60,7 +64,7 @@ def problem(
     counts = [(x.shape[-2], y.shape[-2])]
     if x_starts is not None and y_starts is not None:
         counts = _ragged(x, y, estimator, x_starts, y_starts)
-    least = 1 if estimator == "biased" else 2
+    least = (1 if estimator == "biased" else 2) if least is None else least
     if any(min(pair) < least for pair in counts) or x.shape[-1] < 1:
         raise ValueError(f"estimator {estimator!r} needs {least} rows or more of one feature or "
                          f"more, not {[*x.shape]} and {[*y.shape]}"
