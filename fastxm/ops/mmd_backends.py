@@ -6,21 +6,26 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastxm.ops import dispatch, gemm
+from fastxm.ops import dispatch, gemm, mmd_triton
 from fastxm.ops.mmd_pairs import Term
 from fastxm.ops.mmd_problems import many, ranges
 from fastxm.ops.mmd_rows import Function, Rows, finish, samples
 from fastxm.ops.mmd_tiles import Maker, native, plain, visit
 
-MAKERS: dict[str, Maker] = {"reference": plain, "cpu": native}
-TILE = {"reference": 2048, "cpu": 512}
+MAKERS: dict[str, Maker] = {"reference": plain, "cpu": native, "triton": mmd_triton.fused}
+TILE = {"reference": 2048, "cpu": 512, "triton": mmd_triton.TILE}
 SMALL = 256  # rows of a problem that one thread of a CPU takes alone
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def backend(device: torch.device) -> str:
-    auto = "cpu" if device.type == "cpu" else "reference"
-    return dispatch.choose("mmd", device, auto, tuple(MAKERS))
+def backend(a: Tensor) -> str:
+    """The C++ tiles on a CPU, Triton's on a GPU, but float64 by the formula's; a: of the width."""
+    float64 = a.dtype == torch.float64
+    offered = [name for name in MAKERS if not (name == "triton" and float64)]
+    auto = "cpu" if a.device.type == "cpu" else "reference"
+    if a.is_cuda and "triton" in offered and not dispatch.missing("triton"):
+        auto = "triton"
+    return dispatch.choose("mmd", a.device, auto, offered)
 
 
 def forward(
@@ -39,7 +44,7 @@ def forward(
     wanted: Sequence[bool],
 ) -> Gradients:
     """What `mmd_sums._fwd` returns."""
-    name, options = backend(x.device), (terms, drop_self, drop_paired, precision, wanted)
+    name, options = backend(a), (terms, drop_self, drop_paired, precision, wanted)
     if x_starts is None or y_starts is None:
         return one(x, y, a, b, c, parameters, name, *options)
     x_places, y_places = ranges(x_starts, len(x)), ranges(y_starts, len(y))
@@ -82,7 +87,7 @@ def one(
     radial, make, tile = terms[0].radial, MAKERS[name], TILE[name]
     half = precision == "bfloat16" and (name != "cpu" or torch.bfloat16 in gemm.PACKED)
     derivatives = c.new_zeros(len(parameters))
-    function = Function(terms, parameters, derivatives if wanted[2] else None)
+    function = Function(terms, parameters, derivatives if wanted[2] else None, precision)
     with _tf32(x.device, precision == "tf32"):
         of_x, of_y = samples(x, y, a, b, radial, half, None)
         packed = name == "cpu"

@@ -63,12 +63,12 @@ class _Visits:
     def __init__(self, x, y, a, b, c, parameters, o: Options, r: Ranks, wanted: list[bool]):
         self.o, self.r, self.wanted, self.terms = o, r, wanted, unpack(o.terms)
         self.rank, self.size, self.step = dist.get_rank(r.group), len(r.x_counts), 0
-        name = mmd_backends.backend(x.device)
+        name = mmd_backends.backend(a)
         self.how, self.packed = (mmd_backends.MAKERS[name], mmd_backends.TILE[name]), name == "cpu"
         self.coefficients = (2 * c[0, 0], 2 * c[0, 1], c[0, 2])
-        self.totals, derivatives = c.new_zeros(3), c.new_zeros(len(parameters))
-        self.function = Function(self.terms, parameters, derivatives if wanted[2] else None)
-        self.derivatives = derivatives
+        self.totals, self.derivatives = c.new_zeros(3), c.new_zeros(len(parameters))
+        derivatives = self.derivatives if wanted[2] else None
+        self.function = Function(self.terms, parameters, derivatives, o.precision)
         radial, sums = self.terms[0].radial, x.double().sum(0) + y.double().sum(0)
         centre = r.total(sums) / (sum(r.x_counts) + sum(r.y_counts))
         of_x, of_y = samples(x, y, a, b, radial, False, centre.to(a) if radial else None)

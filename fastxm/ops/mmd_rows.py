@@ -16,6 +16,7 @@ class Function:
     terms: list[Term]
     parameters: Tensor  # [P], of all terms
     derivatives: Tensor | None = None  # [P], float64, added to if given
+    precision: str = "float32"  # of products (see mmd2)
     kinds: Tensor = field(init=False)  # [terms, 3]: kind, degree, K
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from fastxm.ops import (
     median_heuristic,
     mmd2,
     mmd2_and_variance,
+    mmd_backends,
     mmd_permutation_test,
     mmd_sums,
 )
@@ -270,7 +271,36 @@ def test_dispatch(device):
         inside = mmd2(x, y, kernel + Linear())
     assert torch.equal(inside, mmd2(x, y, kernel + Linear()))
     with backend("triton"), pytest.raises(RuntimeError, match="mmd"):
-        mmd2(x, y)
+        mmd2(x.double(), y.double())
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    # several tiles, of several blocks each
+    monkeypatch.setitem(mmd_backends.TILE, "triton", 64)
+    with backend("triton"):
+        yield "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@by_name(KERNELS)
+@pytest.mark.parametrize("shape", [(5, 7, 3), (33, 70, 65), (130, 97, 17)])
+def test_triton(kernel, shape, triton_device):
+    given = [t[:3] for t in samples(*shape, triton_device)]
+    no_worse(ours(kernel, "biased"), formula(kernel, "biased"), *given)
+    no_worse(gradient(ours(kernel, "unbiased")), gradient(formula(kernel, "unbiased")), *given)
+    u_statistic = ours(kernel, "u_statistic")
+    x, y = (t[:, :5] for t in given)
+    with backend("reference"):
+        plain = gradient(u_statistic)(x, y)
+    torch.testing.assert_close(gradient(u_statistic)(x, y), plain, atol=1e-5, rtol=1e-4)
+
+
+def test_triton_gradients_of_bandwidths(triton_device):
+    x, y = (t[0] for t in samples(33, 70, 5, triton_device))
+    p = torch.tensor([0.7, 1.4], device=triton_device, requires_grad=True)
+    (found,) = torch.autograd.grad(mmd2(x, y, RBF(p)), p)
+    with backend("reference"):
+        torch.testing.assert_close(torch.autograd.grad(mmd2(x, y, RBF(p)), p)[0], found)
 
 
 def test_same_bits_for_any_threads():
