@@ -93,11 +93,10 @@ def _tile_kernel(x, y, x_norms, y_norms, a, b, scales, shapes, weights, row_sums
     slope = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     power, before = False, 0.0
     for q in tl.static_range(PARTS):
-        kind: tl.constexpr = KINDS // 100**q % 10
-        degree: tl.constexpr = KINDS // (10 * 100**q) % 10
         shape, weight = tl.load(shapes + q), tl.load(weights + q)
         power = (shape == 4 * before) & (not power)
-        k, w, held = _part(s, held, power, shape, weight, kind, degree)
+        k, w, held = _part(s, held, power, shape, weight, KINDS // 100**q % 10,
+                           KINDS // (10 * 100**q) % 10)  # fmt: skip
         before = shape
         total += k
         slope += w
