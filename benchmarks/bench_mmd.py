@@ -55,10 +55,13 @@ def cdist(x: Tensor, y: Tensor) -> Tensor:
     return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
 
 
-def geomloss(package):
-    losses = [package.SamplesLoss("gaussian", blur=s, backend="tensorized") for s in SIGMAS]
-    # geomloss has half of the squared MMD
-    return lambda x, y: 2 * sum(loss(x.float(), y.float()) for loss in losses)
+def geomloss(backend: str):
+    def build(package):
+        losses = [package.SamplesLoss("gaussian", blur=s, backend=backend) for s in SIGMAS]
+        # geomloss has half of the squared MMD
+        return lambda x, y: 2 * sum(loss(x.float(), y.float()) for loss in losses)
+
+    return build
 
 
 def keops(package):
@@ -86,7 +89,8 @@ def case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
         "compiled": compiled(eager),
         **ours(ours_mmd2, device),
         "cdist": cdist,
-        "geomloss": peer("geomloss", geomloss),
+        "geomloss tensorized": peer("geomloss", geomloss("tensorized")),
+        "geomloss online": peer("geomloss", geomloss("online")),
         "pykeops": peer("pykeops.torch", keops),
     }
     inputs = (x.requires_grad_(), y.requires_grad_())

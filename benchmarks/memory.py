@@ -33,9 +33,9 @@ def peak_memory(call: Callable[[], Any], device: str) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     if not _reset_high_water():
         return None
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before) * 1.024e-3  # kiB
+    return max(0, status("VmHWM") - before) * 1.024e-3  # kiB
 
 
 def peak_alone(op: str, provider: str, shape: dict[str, Any], device: str) -> dict:
@@ -86,8 +86,8 @@ def _reset_high_water() -> bool:
     return True
 
 
-def _status(key: str) -> int:
-    """kB."""
+def status(key: str) -> int:
+    """An entry of this process in /proc, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(key + ":")))
 

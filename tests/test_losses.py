@@ -10,6 +10,8 @@ from check import gradient, no_worse, peak_bytes
 from torch import nn
 
 from fastxm import losses
+from fastxm.losses import MMDLoss, mmd_gan_d, mmd_gan_g, mmd_loss
+from fastxm.ops.mmd import RBF
 
 
 def sines(shape, a, c):
@@ -384,3 +386,32 @@ def test_path_lengths_of_a_linear_generator():
     # every row of w moves the picture by the matrix
     expected = (noise.flatten(1) @ matrix.T / 4).norm(dim=1)
     torch.testing.assert_close(losses.path_lengths(images, ws, noise), expected)
+
+
+def test_mmd_gan_objective():
+    # written out as in Li et al. 2017: means of the kernel over all pairs, five bandwidths
+    real, fake = torch.randn(9, 4).double(), torch.randn(7, 4).double() + 0.3
+
+    def kernel(a, b):
+        d2 = (a[:, None] - b).square().sum(-1)
+        return sum(torch.exp(-d2 / (2 * s**2)) for s in (1, 2, 4, 8, 16)).mean()
+
+    squared = kernel(real, real) + kernel(fake, fake) - 2 * kernel(real, fake)
+    apart = real.mean(0) - fake.mean(0)
+    objective = (squared.clamp(min=0) + 1e-8).sqrt() - 16 * (-apart).clamp(min=0).mean()
+    torch.testing.assert_close(mmd_gan_g(real, fake), objective)
+    x, decoded = torch.randn(2, 9, 6).double()
+    y, again = torch.randn(2, 7, 6).double()
+    lost = (decoded - x).square().mean() + (again - y).square().mean()
+    found = mmd_gan_d(real, fake, ((decoded, x), (again, y)), reconstruction_weight=2.0)
+    torch.testing.assert_close(found, 2 * lost - objective)
+    # equal samples: the gradient of the root is finite
+    same = real.clone().requires_grad_()
+    mmd_gan_g(same, real).backward()
+    assert same.grad.isfinite().all()
+
+
+def test_mmd_loss_as_a_module():
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    options = {"estimator": "unbiased", "root": True, "eps": 1e-6}
+    assert torch.equal(MMDLoss(RBF(2.0), **options)(x, y), mmd_loss(x, y, RBF(2.0), **options))

@@ -1,23 +1,21 @@
-#include "mmd.h"
+#include "cpu/mmd.h"
 
 #include <algorithm>
-#include <cmath>
-#include <stdexcept>
 #include <vector>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
-#include "simd.h"
+#include "cpu/gemm.h"
+#include "cpu/mmd_rows.h"
 
 namespace fastxm {
 namespace {
 
-using std::int64_t;
-
-constexpr int64_t kRows = 32;    // rows that one thread takes at a time
-constexpr int64_t kStrip = 256;  // pairs that stay in the first cache through all parts of a kernel
+constexpr int64_t kRows = 24;        // rows of products that are made at a time: 24 KB of float
+constexpr int64_t kChunk = 48;       // rows that one thread takes
+constexpr int64_t kSmall = 1 << 13;  // pairs below which threads cost more than they give
 
 // results below the normal range become 0 at once: they cost a hundred cycles each otherwise
 struct FlushToZero {
@@ -28,218 +26,248 @@ struct FlushToZero {
 #endif
 };
 
-// log v for finite v >= 1: v = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m-1)/(m+1))
-FASTXM_INLINE float log_fast(float v) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  const std::uint32_t shifted = bits - 0x3f3504f3u;
-  const float e = static_cast<float>(static_cast<std::int32_t>(shifted) >> 23);
-  bits = (shifted & 0x007fffffu) + 0x3f3504f3u;
-  float m;
-  std::memcpy(&m, &bits, 4);
-  const float z = (m - 1) / (m + 1), z2 = z * z;
-  float p = 1.0f / 9;
-  p = std::fma(p, z2, 1.0f / 7);
-  p = std::fma(p, z2, 1.0f / 5);
-  p = std::fma(p, z2, 1.0f / 3);
-  const float tail = std::fma(2 * z * z2, p, e * 1.42860682030941723e-6f);
-  return std::fma(e, 0.693145751953125f, 2 * z + tail);
-}
-FASTXM_INLINE double log_fast(double v) { return std::log(v); }
+// a parallel region is not cloned for each instruction set, so what it calls is
+#define FASTXM_ROWS(T, Out)                                                            \
+  FASTXM_MULTIARCH void some_rows(const Rows<T>& rows, Out* weights, int64_t stride) { \
+    rows_of(rows, weights, stride);                                                    \
+  }
+FASTXM_ROWS(float, float)
+FASTXM_ROWS(float, bfloat16)
+FASTXM_ROWS(double, double)
+#undef FASTXM_ROWS
 
+// sums that a chunk of rows has of its own, for they are added up in the order of the chunks
 template <class T>
-struct Mixture {
-  MmdKind kind;
-  int64_t degree;
-  std::vector<T> shapes, weights;
-  std::vector<char> powers;  // part q of an RBF ladder is part q - 1 to the fourth
+struct Sums {
+  std::vector<T> potentials, slopes;  // [M]
+  std::vector<double> derivatives;
+  Sums(int64_t M, int64_t size) : potentials(M), slopes(M), derivatives(size) {}
 };
 
-// rates ascend; a bandwidth half the one before is its fourth power, two squarings for an exp. A
-// power of a power is not taken, as each multiplies the rounding of the exp by 4
 template <class T>
-Mixture<T> mixture(const MmdTile& tile) {
-  const T* p = pointer<const T>(tile.parameters);
-  Mixture<T> mix{static_cast<MmdKind>(tile.kind), tile.degree, {}, {}, {}};
-  std::vector<int64_t> order(tile.K);
-  for (int64_t q = 0; q < tile.K; ++q) order[q] = q;
-  std::stable_sort(order.begin(), order.end(), [p](int64_t a, int64_t b) { return p[a] < p[b]; });
-  for (int64_t q : order) {
-    mix.powers.push_back(!mix.powers.empty() && !mix.powers.back() &&
-                         p[q] == 4 * mix.shapes.back());
-    mix.shapes.push_back(p[q]);
-    mix.weights.push_back(p[tile.K + q]);
-  }
-  return mix;
-}
-
-// n statistics s to kernel values k and slopes w
-
-template <class T>
-FASTXM_INLINE void rbf(const Mixture<T>& mix, int64_t n, const T* s, T* k, T* w, T* power) {
-  for (std::size_t q = 0; q < mix.shapes.size(); ++q) {
-    const T rate = mix.shapes[q], weight = mix.weights[q], slope = 2 * rate * weight;
-    if (mix.powers[q]) {
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) power[j] *= power[j];
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) power[j] *= power[j];
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) power[j] = exp_fast(-rate * s[j]);
-    }
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      k[j] += weight * power[j];
-      w[j] += slope * power[j];
-    }
-  }
+void add(T* to, const T* from, int64_t n, T factor = 1) {
+  for (int64_t j = 0; j < n; ++j) to[j] += factor * from[j];
 }
 
 template <class T>
-FASTXM_INLINE void rational_quadratic(const Mixture<T>& mix, int64_t n, const T* s, T* k, T* w) {
-  for (std::size_t q = 0; q < mix.shapes.size(); ++q) {
-    const T alpha = mix.shapes[q], weight = mix.weights[q], scale = T(0.5) / alpha;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const T u = scale * s[j], v = 1 + u, inverse = 1 / v;
-      const T lost = u - (v - 1);  // what rounding 1 + u left out
-      const T part = weight * exp_fast(-alpha * (log_fast(v) + lost * inverse));
-      k[j] += part;
-      w[j] += part * inverse;
-    }
-  }
+bool is_radial(const std::vector<Part<T>>& parts) {
+  return parts.front().kind != MmdKind::polynomial;
 }
 
-template <class T>
-FASTXM_INLINE void laplace(const Mixture<T>& mix, int64_t n, const T* s, T* k, T* w) {
-  for (std::size_t q = 0; q < mix.shapes.size(); ++q) {
-    const T rate = mix.shapes[q], weight = mix.weights[q];
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const T d = std::sqrt(s[j]), part = weight * exp_fast(-rate * d);
-      k[j] += part;
-      w[j] += d == 0 ? T(0) : rate * part / d;
-    }
-  }
-}
-
-template <class T>
-FASTXM_INLINE void energy(const Mixture<T>& mix, int64_t n, const T* s, T* k, T* w) {
-  for (std::size_t q = 0; q < mix.shapes.size(); ++q) {
-    const T scale = mix.shapes[q] * mix.weights[q];
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const T d = std::sqrt(s[j]);
-      k[j] -= scale * d;
-      w[j] += d == 0 ? T(0) : scale / d;
-    }
-  }
-}
-
-template <class T>
-FASTXM_INLINE void polynomial(const Mixture<T>& mix, int64_t n, const T* s, T* k, T* w) {
-  const T gamma = mix.shapes[0], offset = mix.weights[0], slope = gamma * T(mix.degree);
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const T base = gamma * s[j] + offset;
-    T power = 1;
-    for (int64_t d = 1; d < mix.degree; ++d) power *= base;
-    k[j] = power * base;
-    w[j] = power * slope;
-  }
-}
-
-template <class T>
-FASTXM_INLINE void evaluate(const Mixture<T>& mix, int64_t n, const T* s, T* k, T* w, T* power) {
-  std::fill(k, k + n, T(0));
-  std::fill(w, w + n, T(0));
-  if (mix.kind == MmdKind::rbf) return rbf(mix, n, s, k, w, power);
-  if (mix.kind == MmdKind::rational_quadratic) return rational_quadratic(mix, n, s, k, w);
-  if (mix.kind == MmdKind::laplace) return laplace(mix, n, s, k, w);
-  if (mix.kind == MmdKind::energy) return energy(mix, n, s, k, w);
-  return polynomial(mix, n, s, k, w);
-}
-
-// kRows rows of the tile; column sums go to this unit's own sums [2, M], added up in order later
-template <class T>
-FASTXM_INLINE void rows_of_tile(const MmdTile& tile, const Mixture<T>& mix, int64_t unit, T* sums) {
+template <class T, class Out>
+void chunk_of(const MmdTile& t, const std::vector<Part<T>>& parts, int64_t begin, Out* weights,
+              Sums<T>& sums) {
   const FlushToZero guard;
-  const T *xn = pointer<const T>(tile.x_norms), *yn = pointer<const T>(tile.y_norms);
-  const T *xa = pointer<const T>(tile.x_weights), *ya = pointer<const T>(tile.y_weights);
-  const T* scales = pointer<const T>(tile.x_scales);
-  const bool radial = mix.kind != MmdKind::polynomial;
-  const auto diagonal = static_cast<MmdDiagonal>(tile.diagonal);
-  T *potentials = sums, *slopes = sums + tile.M;
-  alignas(64) T s[kStrip], k[kStrip], w[kStrip], power[kStrip];
-  for (int64_t i = unit * kRows; i < std::min((unit + 1) * kRows, tile.N); ++i) {
-    T potential = 0, slope = 0;
-    for (int64_t j0 = 0; j0 < tile.M; j0 += kStrip) {
-      const int64_t n = std::min(kStrip, tile.M - j0);
-      T* g = pointer<T>(tile.products) + i * tile.M + j0;
-      const T norm = xn[i], weight = xa[i], scale = scales[i];
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const T d2 = norm + yn[j0 + j] - 2 * g[j];
-        s[j] = radial ? (d2 < 0 ? T(0) : d2) : g[j];
+  alignas(64) T scratch[kRows * kStrip];
+  const int64_t end = std::min(begin + kChunk, t.N), element = t.bf16 ? 2 : sizeof(T);
+  for (int64_t i = begin; i < end; i += kRows)
+    for (int64_t j = 0; j < t.M; j += kStrip) {
+      const int64_t rows = std::min(kRows, end - i), width = std::min(kStrip, t.M - j);
+      const T* products = t.products ? pointer<T>(t.products) + i * t.M + j : scratch;
+      if constexpr (sizeof(T) == 4) {
+        if (t.panels)
+          multiply({t.bf16 != 0, t.depth, t.panels},
+                   pointer<const char>(t.x) + i * t.depth * element, t.depth, rows, j, width,
+                   scratch, kStrip);
       }
-      const bool crossed = diagonal != MmdDiagonal::plain && i >= j0 && i < j0 + n;
-      if (crossed && radial) s[i - j0] = 0;
-      evaluate(mix, n, s, k, w, power);
-      if (crossed && (radial || diagonal == MmdDiagonal::dropped)) w[i - j0] = 0;
-      if (crossed && diagonal == MmdDiagonal::dropped) k[i - j0] = 0;
-#pragma omp simd reduction(+ : potential)
-      for (int64_t j = 0; j < n; ++j) {
-        potential += k[j] * ya[j0 + j];
-        potentials[j0 + j] += k[j] * weight;
-      }
-      if (!tile.gradients) continue;
-#pragma omp simd reduction(+ : slope)
-      for (int64_t j = 0; j < n; ++j) {
-        g[j] = w[j] * scale * ya[j0 + j];
-        slope += g[j];
-        slopes[j0 + j] += g[j];
-      }
+      const Rows<T> here = {parts,
+                            is_radial(parts),
+                            t.derivatives != 0,
+                            static_cast<MmdDiagonal>(t.diagonal),
+                            i,
+                            j,
+                            rows,
+                            width,
+                            t.products ? t.M : kStrip,
+                            products,
+                            pointer<const T>(t.x_norms) + i,
+                            pointer<const T>(t.y_norms) + j,
+                            pointer<const T>(t.x_weights) + i,
+                            pointer<const T>(t.y_weights) + j,
+                            pointer<const T>(t.x_scales) + i,
+                            pointer<T>(t.x_potentials) + i,
+                            pointer<T>(t.x_slopes) + i,
+                            sums.potentials.data() + j,
+                            sums.slopes.data() + j,
+                            sums.derivatives.data()};
+      some_rows(here, weights ? weights + i * t.M + j : weights, t.M);
     }
-    pointer<T>(tile.x_potentials)[i] += potential;
-    if (tile.gradients) pointer<T>(tile.x_slopes)[i] += slope;
+}
+
+template <class T, class Out>
+void tile(const MmdKernel& kernel, const MmdTile& t, Out* weights, int threads) {
+  const std::vector<Part<T>> parts = parts_of<T>(kernel);
+  const int64_t chunks = (t.N + kChunk - 1) / kChunk;
+  if (t.N * t.M < kSmall) threads = 1;
+  std::vector<Sums<T>> sums(chunks, Sums<T>(t.M, kernel.size));
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    chunk_of(t, parts, chunk * kChunk, weights, sums[chunk]);
+  for (const Sums<T>& own : sums) {
+    if (t.y_potentials) add(pointer<T>(t.y_potentials), own.potentials.data(), t.M);
+    if (t.y_slopes) add(pointer<T>(t.y_slopes), own.slopes.data(), t.M);
+    // a tile of pairs (i, j) and (j, i) has each of them twice
+    if (t.derivatives)
+      add(pointer<double>(t.derivatives), own.derivatives.data(), kernel.size,
+          t.y_potentials ? 1.0 : 0.5);
   }
 }
 
-// a parallel region is not cloned for each instruction set, so what it calls is
-FASTXM_MULTIARCH void one_unit(const MmdTile& tile, const Mixture<float>& mix, int64_t unit,
-                               float* sums) {
-  rows_of_tile(tile, mix, unit, sums);
+template <class T>
+FASTXM_INLINE void products_of(const T* x, int64_t n, const T* y, int64_t m, int64_t D, T* turned,
+                               T* products) {
+  for (int64_t j = 0; j < m; ++j)
+    for (int64_t d = 0; d < D; ++d) turned[d * m + j] = y[j * D + d];
+  std::fill(products, products + n * m, T(0));
+  for (int64_t i = 0; i < n; ++i) {
+    T* to = products + i * m;
+    for (int64_t d = 0; d < D; ++d) {
+      const T factor = x[i * D + d], *from = turned + d * m;
+#pragma omp simd
+      for (int64_t j = 0; j < m; ++j) to[j] += factor * from[j];
+    }
+  }
 }
-FASTXM_MULTIARCH void one_unit(const MmdTile& tile, const Mixture<double>& mix, int64_t unit,
-                               double* sums) {
-  rows_of_tile(tile, mix, unit, sums);
+
+// dx[i] += sum_j w[i, j] y[j], or with the roles of rows and columns changed
+template <class T>
+FASTXM_INLINE void spread(const T* w, int64_t row, int64_t column, int64_t n, int64_t m, const T* y,
+                          int64_t D, T* dx) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < m; ++j) {
+      const T factor = w[i * row + j * column], *from = y + j * D;
+      T* to = dx + i * D;
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) to[d] += factor * from[d];
+    }
+}
+
+#define FASTXM_SMALL(T)                                                                         \
+  FASTXM_MULTIARCH void small_products(const T* x, int64_t n, const T* y, int64_t m, int64_t D, \
+                                       T* turned, T* products) {                                \
+    products_of(x, n, y, m, D, turned, products);                                               \
+  }                                                                                             \
+  FASTXM_MULTIARCH void small_spread(const T* w, int64_t row, int64_t column, int64_t n,        \
+                                     int64_t m, const T* y, int64_t D, T* dx) {                 \
+    spread(w, row, column, n, m, y, D, dx);                                                     \
+  }
+FASTXM_SMALL(float)
+FASTXM_SMALL(double)
+#undef FASTXM_SMALL
+
+// One of a problem's two samples: its rows, and what they get. scales and potentials differ from
+// visit to visit.
+template <class T>
+struct Sample {
+  int64_t count;
+  const T *z, *norms, *weights;
+  T *slopes, *gradient;
+};
+
+// the pairs of two samples, or of one with itself
+template <class T>
+void visit(const std::vector<Part<T>>& parts, const Sample<T>& x, const Sample<T>& y, int64_t D,
+           MmdDiagonal diagonal, const T* scales, T* potentials, T* other_potentials,
+           double* derivatives, std::vector<T>& room) {
+  const int64_t n = x.count, m = y.count;
+  room.resize(n * m + m * D + 2 * m);
+  T *products = room.data(), *turned = products + n * m, *sums = turned + m * D;
+  small_products(x.z, n, y.z, m, D, turned, products);
+  std::fill(sums, sums + 2 * m, T(0));
+  for (int64_t j = 0; j < m; j += kStrip) {
+    const Rows<T> rows = {parts,
+                          is_radial(parts),
+                          derivatives != nullptr,
+                          diagonal,
+                          0,
+                          j,
+                          n,
+                          std::min(kStrip, m - j),
+                          m,
+                          products + j,
+                          x.norms,
+                          y.norms + j,
+                          x.weights,
+                          y.weights + j,
+                          scales,
+                          potentials,
+                          x.slopes,
+                          sums + j,
+                          sums + m + j,
+                          derivatives};
+    some_rows(rows, products + j, m);
+  }
+  if (x.gradient) small_spread(products, m, 1, n, m, y.z, D, x.gradient);
+  if (!other_potentials) return;
+  add(other_potentials, sums, m);
+  add(y.slopes, sums + m, m);
+  if (y.gradient) small_spread(products, 1, m, m, n, x.z, D, y.gradient);
 }
 
 template <class T>
-void run(const MmdTile& tile, int threads) {
-  const Mixture<T> mix = mixture<T>(tile);
-  const int64_t units = (tile.N + kRows - 1) / kRows;
-  std::vector<T> sums(units * 2 * tile.M);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t unit = 0; unit < units; ++unit)
-    one_unit(tile, mix, unit, sums.data() + unit * 2 * tile.M);
-  if (!tile.y_potentials) return;
-  T *potentials = pointer<T>(tile.y_potentials), *slopes = pointer<T>(tile.y_slopes);
-  for (int64_t unit = 0; unit < units; ++unit) {
-    const T* own = sums.data() + unit * 2 * tile.M;
-    for (int64_t j = 0; j < tile.M; ++j) potentials[j] += own[j];
-    if (tile.gradients)
-      for (int64_t j = 0; j < tile.M; ++j) slopes[j] += own[tile.M + j];
+Sample<T> sample_of(std::uintptr_t starts, std::uintptr_t z, std::uintptr_t norms,
+                    std::uintptr_t weights, std::uintptr_t slopes, std::uintptr_t gradient,
+                    int64_t D, int64_t problem) {
+  const auto* at = pointer<const int64_t>(starts) + problem;
+  T* d = gradient ? pointer<T>(gradient) + at[0] * D : nullptr;
+  return {at[1] - at[0],
+          pointer<const T>(z) + at[0] * D,
+          pointer<const T>(norms) + at[0],
+          pointer<const T>(weights) + at[0],
+          pointer<T>(slopes) + at[0],
+          d};
+}
+
+template <class T>
+void problems(const MmdKernel& kernel, const MmdProblems& p, int threads) {
+  const std::vector<Part<T>> parts = parts_of<T>(kernel);
+  const MmdDiagonal self = p.drop_self ? MmdDiagonal::dropped : MmdDiagonal::same;
+  const MmdDiagonal paired = p.drop_paired ? MmdDiagonal::dropped : MmdDiagonal::plain;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t g = 0; g < p.problems; ++g) {
+    const FlushToZero guard;
+    std::vector<T> room;
+    std::vector<double> whole(kernel.size), half(kernel.size);
+    const int64_t i = pointer<const int64_t>(p.x_starts)[g],
+                  j = pointer<const int64_t>(p.y_starts)[g];
+    const Sample<T> x =
+        sample_of<T>(p.x_starts, p.x, p.x_norms, p.x_weights, p.x_slopes, p.dx, p.depth, g);
+    const Sample<T> y =
+        sample_of<T>(p.y_starts, p.y, p.y_norms, p.y_weights, p.y_slopes, p.dy, p.depth, g);
+    double* by = p.derivatives ? half.data() : nullptr;
+    T* none = nullptr;
+    visit(parts, x, x, p.depth, self, pointer<const T>(p.xx_scales) + i,
+          pointer<T>(p.xx_potentials) + i, none, by, room);
+    visit(parts, y, y, p.depth, self, pointer<const T>(p.yy_scales) + j,
+          pointer<T>(p.yy_potentials) + j, none, by, room);
+    by = p.derivatives ? whole.data() : nullptr;
+    visit(parts, x, y, p.depth, paired, pointer<const T>(p.xy_scales) + i,
+          pointer<T>(p.xy_potentials) + i, pointer<T>(p.yx_potentials) + j, by, room);
+    // scales of pairs within a sample count each of them twice
+    for (int64_t q = 0; p.derivatives && q < kernel.size; ++q)
+      pointer<double>(p.derivatives)[g * kernel.size + q] = whole[q] + half[q] / 2;
   }
 }
 
 }  // namespace
 
-void mmd_cpu(const MmdSizes& sizes, const MmdAddresses& addresses, int threads) {
-  const MmdTile tile = mmd_tile(sizes, addresses);
-  if (tile.wide) return run<double>(tile, threads);
-  run<float>(tile, threads);
+void mmd_tile_cpu(const MmdKernelNumbers& kernel_numbers, const MmdTileNumbers& numbers,
+                  int threads) {
+  const auto kernel = mmd_struct<MmdKernel>(kernel_numbers);
+  const auto t = mmd_struct<MmdTile>(numbers);
+  if (kernel.wide)
+    tile<double>(kernel, t, pointer<double>(t.weights), threads);
+  else if (t.bf16)
+    tile<float>(kernel, t, pointer<bfloat16>(t.weights), threads);
+  else
+    tile<float>(kernel, t, pointer<float>(t.weights), threads);
+}
+
+void mmd_problems_cpu(const MmdKernelNumbers& kernel_numbers, const MmdProblemNumbers& numbers,
+                      int threads) {
+  const auto kernel = mmd_struct<MmdKernel>(kernel_numbers);
+  const auto p = mmd_struct<MmdProblems>(numbers);
+  kernel.wide ? problems<double>(kernel, p, threads) : problems<float>(kernel, p, threads);
 }
 
 }  // namespace fastxm

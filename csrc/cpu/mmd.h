@@ -1,34 +1,55 @@
-// One tile of an MMD: inner products become gradient weights in place. Formula:
-// fastxm/ops/mmd_sums.py.
+// Tiles of an MMD: inner products become gradient weights. Formula: fastxm/ops/mmd_tiles.py.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 
 namespace fastxm {
 
-enum class MmdKind : int { rbf, rational_quadratic, laplace, energy, polynomial };
-
-// what the tile's pairs i = j are: pairs like others, a row with itself, or no pairs at all
-enum class MmdDiagonal : int { plain, same, dropped };
-
-// products [N, M]; x_norms, x_weights, x_scales, x_potentials, x_slopes [N]; y_* [M], of which
-// y_potentials and y_slopes may be 0; parameters [2, K]. All float, or all double if `wide`.
-// potentials and slopes are added to; products and slopes are written only if `gradients`.
-struct MmdTile {
-  std::int64_t kind, degree, wide, N, M, K, diagonal, gradients;
-  std::uintptr_t products, x_norms, y_norms, x_weights, x_scales, y_weights, parameters,
-      x_potentials, y_potentials, x_slopes, y_slopes;
+// The kernel: `terms` parts of [kind, degree, K], and the parameters [2, K] of each after the
+// other. All values are float, or double if `wide`.
+struct MmdKernel {
+  std::int64_t wide, terms, size;  // size: of all parameters
+  std::uintptr_t kinds, parameters;
 };
 
-using MmdSizes = std::array<std::int64_t, 8>;
-using MmdAddresses = std::array<std::uintptr_t, 11>;
+// Products [N, M] are read from `products`, or made of x (of `bf16`, or float) and panels (0 for
+// none; see gemm.h). Weights go to `weights`, of bfloat16 if bf16, if that is not 0, and may take
+// the products' place. Added to: potentials, slopes (of the weights as rounded), and derivatives
+// [size] (double, or 0) by the parameters. y_potentials and y_slopes are 0 where the tile has both
+// (i, j) and (j, i).
+struct MmdTile {
+  std::int64_t N, M, diagonal, bf16, depth;
+  std::uintptr_t x, panels, products, weights, x_norms, y_norms, x_weights, y_weights, x_scales,
+      x_potentials, y_potentials, x_slopes, y_slopes, derivatives;
+};
 
-inline MmdTile mmd_tile(const MmdSizes& s, const MmdAddresses& a) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], a[0], a[1],
-          a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10]};
+// Many small problems, each of the rows between two entries of x_starts and y_starts (int64
+// [problems + 1]). Per row: norms, weights, scales of its pairs with rows of x and y, potentials
+// with them, slopes, and (0 for none) gradients [N, D]. derivatives [problems, size].
+struct MmdProblems {
+  std::int64_t problems, depth, drop_self, drop_paired;
+  std::uintptr_t x_starts, y_starts, x, y, x_norms, y_norms, x_weights, y_weights, xx_scales,
+      yy_scales, xy_scales, xx_potentials, yy_potentials, xy_potentials, yx_potentials, x_slopes,
+      y_slopes, dx, dy, derivatives;
+};
+
+using MmdKernelNumbers = std::array<std::uint64_t, 5>;
+using MmdTileNumbers = std::array<std::uint64_t, 19>;
+using MmdProblemNumbers = std::array<std::uint64_t, 24>;
+
+// the numbers in the order of the struct's members, all of 8 bytes
+template <class Struct, class Numbers>
+Struct mmd_struct(const Numbers& numbers) {
+  static_assert(sizeof(Struct) == sizeof(Numbers));
+  Struct result;
+  std::memcpy(&result, numbers.data(), sizeof result);
+  return result;
 }
 
-void mmd_cpu(const MmdSizes& sizes, const MmdAddresses& addresses, int threads);
+void mmd_tile_cpu(const MmdKernelNumbers& kernel, const MmdTileNumbers& tile, int threads);
+void mmd_problems_cpu(const MmdKernelNumbers& kernel, const MmdProblemNumbers& problems,
+                      int threads);
 
 }  // namespace fastxm

@@ -89,4 +89,27 @@ FASTXM_INLINE float exp_fast(float x) {
 }
 FASTXM_INLINE double exp_fast(double x) { return std::exp(x); }
 
+// log v for finite v >= 1: v = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m-1)/(m+1))
+FASTXM_INLINE float log_fast(float v) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  const std::uint32_t shifted = bits - 0x3f3504f3u;
+  const float e = static_cast<float>(static_cast<std::int32_t>(shifted) >> 23);
+  bits = (shifted & 0x007fffffu) + 0x3f3504f3u;
+  float m;
+  std::memcpy(&m, &bits, 4);
+  const float z = (m - 1) / (m + 1), z2 = z * z;
+  float p = 1.0f / 9;
+  p = std::fma(p, z2, 1.0f / 7);
+  p = std::fma(p, z2, 1.0f / 5);
+  p = std::fma(p, z2, 1.0f / 3);
+  const float tail = std::fma(2 * z * z2, p, e * 1.42860682030941723e-6f);
+  return std::fma(e, 0.693145751953125f, 2 * z + tail);
+}
+FASTXM_INLINE float log1p_fast(float u) {
+  const float v = 1 + u;
+  return log_fast(v) + (u - (v - 1)) / v;  // what rounding 1 + u left out
+}
+FASTXM_INLINE double log1p_fast(double u) { return std::log1p(u); }
+
 }  // namespace fastxm

@@ -1,6 +1,7 @@
 """How far two samples are apart, as losses: MMD, and what the players of MMD-GAN minimise."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,20 +17,21 @@ def mmd_loss(
     estimator: str = "biased",
     root: bool = False,
     eps: float = 1e-8,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """How far two samples are apart: MMD^2, or the root that GMMN and MMD-GAN take of it.
 
     Args:
         x: [N, D].
         y: [M, D].
-        kernel, estimator: as mmd2 takes them.
+        kernel, estimator, group: as mmd2 takes them.
         root: sqrt(max(MMD^2, 0) + eps), whose gradient stays finite at 0.
         eps: in units of MMD^2.
 
     Returns:
         scalar, float32 (float64 for float64 inputs).
     """
-    loss = mmd2(x, y, kernel, estimator=estimator)
+    loss = mmd2(x, y, kernel, estimator=estimator, group=group)
     return (F.relu(loss) + eps).sqrt() if root else loss
 
 
@@ -43,12 +45,15 @@ class MMDLoss(nn.Module):
         estimator: str = "biased",
         root: bool = False,
         eps: float = 1e-8,
+        group: "dist.ProcessGroup | None" = None,
     ):
         super().__init__()
-        self.kernel, self.estimator, self.root, self.eps = kernel, estimator, root, eps
+        self.kernel, self.estimator, self.group = kernel, estimator, group
+        self.root, self.eps = root, eps
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return mmd_loss(x, y, self.kernel, estimator=self.estimator, root=self.root, eps=self.eps)
+        return mmd_loss(x, y, self.kernel, estimator=self.estimator, root=self.root, eps=self.eps,
+                        group=self.group)  # fmt: skip
 
 
 def mmd_gan_g(

@@ -14,9 +14,11 @@ Gretton et al. 2012 (JMLR 13, and NIPS for "linear"); Zaremba et al. 2013 for "b
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
+from fastxm.ops.mmd_checks import chosen, problem
 from fastxm.ops.mmd_kernels import (
     RBF,
     Energy,
@@ -26,13 +28,11 @@ from fastxm.ops.mmd_kernels import (
     Polynomial,
     RationalQuadratic,
 )
-from fastxm.ops.mmd_pairs import off_diagonal
-from fastxm.ops.mmd_sums import kernel_sum
+from fastxm.ops.mmd_means import coefficients, of_ranks, sums_of
 
 __all__ = ["DEFAULT", "RBF", "Energy", "Kernel", "Laplace", "Linear", "Polynomial",
-           "RationalQuadratic", "centred", "check", "mmd2"]  # fmt: skip
+           "RationalQuadratic", "mmd2"]  # fmt: skip
 
-ESTIMATORS = ("biased", "unbiased", "u_statistic", "linear", "block")
 DEFAULT = RBF((1, 2, 4, 8, 16))
 
 
@@ -44,101 +44,72 @@ def mmd2(
     estimator: str = "biased",
     x_weight: Tensor | None = None,
     y_weight: Tensor | None = None,
+    x_starts: Tensor | None = None,
+    y_starts: Tensor | None = None,
     block_size: int | None = None,
+    precision: str | None = None,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
-    """Squared maximum mean discrepancy of two samples.
+    """Squared maximum mean discrepancy of two samples, or of many pairs of samples at once.
 
     Values and gradients take O((N + M) D) memory; second derivatives (create_graph) O(N M).
 
     Args:
-        x, y: [N, D] and [M, D], any floating dtype.
+        x, y: [N, D] and [M, D], any floating dtype; or [G, N, D] and [G, M, D], G problems.
         kernel: a kernel or a sum of kernels; gradients reach its bandwidths.
         estimator: "biased" (never below 0), "unbiased", "u_statistic", "linear" or "block"; the
             last three need N = M. All but "biased" may be negative.
-        x_weight, y_weight: [N] and [M], at least 0, weights of the rows, only in proportion; for
-            "biased" and "unbiased".
+        x_weight, y_weight: [N] and [M] ([G, N] and [G, M]), at least 0, weights of the rows, only
+            in proportion; for "biased" and "unbiased".
+        x_starts, y_starts: [G + 1] integers from 0 to N and to M, where the rows of each of G
+            problems begin and the last one's end (cu_seqlens); not for "linear" and "block".
         block_size: rows a block for "block", ceil(sqrt(N)) unless given.
+        precision: of the products: "float32", "bfloat16", or on a GPU "tf32" or "tf32x3" (three
+            products of TF32). None: bfloat16 where both x and y are; else float32 (float64).
+        group: a torch.distributed group: each rank gives its own rows (as many of x as of y for
+            "u_statistic") and has the MMD of those of all, of one problem. Gradients of rows are
+            those of the sum of the ranks' results, so that DistributedDataParallel's average is
+            right; those of bandwidths are whole on every rank. Not for "linear" and "block".
 
     Returns:
-        a scalar, float32 (float64 for float64 inputs), under autocast too.
+        a scalar, or [G]; float32 (float64 for float64 inputs), under autocast too.
 
     Raises:
-        ValueError: shapes, too few rows, or an estimator that is none of these.
+        ValueError: shapes, too few rows, or options that do not fit.
         TypeError: x or y of no floating dtype, a kernel that is none, or tensors of several
             devices.
     """
-    check(x, y, kernel, estimator, x_weight, y_weight)
+    given = (kernel, estimator, x_weight, y_weight, x_starts, y_starts)
+    p = problem(x, y, *given, least=None if group is None else 0)
+    precision = chosen(precision, x, y)
+    if group is not None and (p.x_starts is not None or estimator in ("linear", "block")):
+        raise ValueError(f"a group takes one problem, and not estimator {estimator!r}")
     with torch.autocast(x.device.type, enabled=False):
-        x, y = dispatch.wide(x, y)
         if estimator == "linear":
+            x, y = dispatch.wide(x, y)
             return _linear(x, y, kernel)
         if estimator == "block":
-            return _block(x, y, kernel, block_size or math.ceil(math.sqrt(len(x))))
+            return _block(x, y, kernel, block_size, precision)
         drop = (estimator != "biased", estimator == "u_statistic")
-        a = x.new_ones(len(x)) if x_weight is None else x_weight.to(x)
-        b = y.new_ones(len(y)) if y_weight is None else y_weight.to(y)
-        c = _coefficients(a.double(), b.double(), *drop)
-        total = x.new_zeros(())
-        for k in kernel.terms:
-            u, v = centred(x, y) if k.radial else (x, y)
-            total = total + kernel_sum(u, v, a, b, c, k.parameters(x), k.kind, k.degree, *drop)
-        return total
-
-
-def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y less the mean of all rows: distances stay, and lose less to rounding."""
-    centre = (x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))
-    return x - centre, y - centre
-
-
-def _coefficients(a: Tensor, b: Tensor, drop_self: bool, drop_paired: bool) -> Tensor:
-    """One over the sum of the weights of the pairs in each of the three means, -2 over the last."""
-    xx, yy, xy = a.sum().square(), b.sum().square(), a.sum() * b.sum()
-    if drop_self:
-        xx, yy = xx - a.square().sum(), yy - b.square().sum()
-    if drop_paired:
-        xy = xy - (a * b).sum()
-    return torch.stack([1 / xx, 1 / yy, -2 / xy])
+        if group is not None:
+            return of_ranks(p, kernel, drop, precision, group)
+        c = coefficients(p.a.double(), p.b.double(), p.x_starts, p.y_starts, *drop)
+        total = sums_of(p, kernel, c, drop, precision)
+    return total if p.x_starts is not None else total[0]
 
 
 def _linear(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
-    n = len(x) // 2 * 2
-    x0, x1, y0, y1 = x[0:n:2], x[1:n:2], y[0:n:2], y[1:n:2]
+    n = x.shape[-2] // 2 * 2
+    x0, x1, y0, y1 = (z[..., i:n:2, :] for z in (x, y) for i in (0, 1))
     h = kernel.paired(x0, x1) + kernel.paired(y0, y1)
-    return (h - kernel.paired(x0, y1) - kernel.paired(x1, y0)).mean()
+    return (h - kernel.paired(x0, y1) - kernel.paired(x1, y0)).mean(-1)
 
 
-def _block(x: Tensor, y: Tensor, kernel: Kernel, size: int) -> Tensor:
-    if not 2 <= size <= len(x):
-        raise ValueError(f"block_size must be 2 to N = {len(x)}, not {size}")
-    n = len(x) // size * size
-    x, y = centred(x, y) if all(k.radial for k in kernel.terms) else (x, y)
-    x, y = x[:n].unflatten(0, (-1, size)), y[:n].unflatten(0, (-1, size))  # [blocks, size, D]
-    xy = kernel.matrix(x, y)
-    h = kernel.matrix(x, x, same=True) + kernel.matrix(y, y, same=True) - xy - xy.mT
-    return (h * off_diagonal(h)).sum() / (n * (size - 1))
-
-
-def check(x, y, kernel, estimator="biased", x_weight=None, y_weight=None) -> None:
-    """Raises ValueError or TypeError unless mmd2 takes these arguments."""
-    dispatch.one_device("mmd2", x, y, x_weight, y_weight)
-    if not (x.is_floating_point() and y.is_floating_point()):
-        raise TypeError(f"mmd2 needs floating x and y, not {x.dtype} and {y.dtype}")
-    if not isinstance(kernel, Kernel):
-        raise TypeError(f"kernel is one of fastxm.ops.mmd or a sum of them, not {kernel!r}")
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"mmd2 needs x [N, D] and y [M, D], not {[*x.shape]} and {[*y.shape]}")
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}")
-    least = 1 if estimator == "biased" else 2
-    if min(len(x), len(y)) < least or x.shape[1] < 1:
-        raise ValueError(f"estimator {estimator!r} needs {least} rows or more of one feature or "
-                         f"more, not {[*x.shape]} and {[*y.shape]}")  # fmt: skip
-    if estimator not in ("biased", "unbiased"):
-        if len(x) != len(y):
-            raise ValueError(f"estimator {estimator!r} needs N = M, not {len(x)} and {len(y)}")
-        if x_weight is not None or y_weight is not None:
-            raise ValueError(f"estimator {estimator!r} takes no weights")
-    for weight, rows in ((x_weight, x), (y_weight, y)):
-        if weight is not None and weight.shape != rows.shape[:1]:
-            raise ValueError(f"weights must be [{len(rows)}], one a row, not {[*weight.shape]}")
+def _block(x: Tensor, y: Tensor, kernel: Kernel, size: int | None, precision: str) -> Tensor:
+    N = x.shape[-2]
+    size = math.ceil(math.sqrt(N)) if size is None else size
+    if not 2 <= size <= N:
+        raise ValueError(f"block_size must be 2 to N = {N}, not {size}")
+    u, v = (z[..., : N // size * size, :].reshape(-1, size, z.shape[-1]) for z in (x, y))
+    each = mmd2(u, v, kernel, estimator="u_statistic", precision=precision)
+    return each.unflatten(0, (*x.shape[:-2], -1)).mean(-1)

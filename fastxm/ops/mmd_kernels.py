@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastxm.ops.mmd_pairs import Values, distances, mixed, positive, value, vector
+from fastxm.ops.mmd_pairs import KINDS, Term, distances, value
+from fastxm.ops.mmd_parameters import Values, mixed, positive, vector
 
 
 class Kernel:
@@ -27,18 +28,24 @@ class Kernel:
         return (self,)
 
     def parameters(self, x: Tensor) -> Tensor:
-        """[2, K] for x [..., D]: shapes and weights, or gamma and coef0 (see mmd_pairs)."""
+        """[2, K] of x's dtype, for x [..., D]: see mmd_pairs."""
         raise NotImplementedError
 
     def matrix(self, x: Tensor, y: Tensor, same: bool = False) -> Tensor:
         """[..., N, M] of x [..., N, D] and y [..., M, D]; `same` says that y is x."""
-        s = distances(x, y, same) if self.radial else x @ y.mT
-        return value(self.kind, s, self.parameters(x), self.degree)
+        return self._value(distances(x, y, same) if self.radial else x @ y.mT, x)
 
     def paired(self, x: Tensor, y: Tensor) -> Tensor:
-        """[N] of x and y [N, D], row by row."""
-        s = (x - y).square().sum(-1) if self.radial else (x * y).sum(-1)
-        return value(self.kind, s, self.parameters(x), self.degree)
+        """[..., N] of x and y [..., N, D], row by row."""
+        return self._value((x - y).square().sum(-1) if self.radial else (x * y).sum(-1), x)
+
+    def term(self, parts: int) -> Term:
+        """What native code knows of the kernel, of as many parts."""
+        return Term(KINDS.index(self.kind.replace("linear", "polynomial")), self.degree, parts)
+
+    def _value(self, s: Tensor, x: Tensor) -> Tensor:
+        parameters = self.parameters(x)
+        return value([self.term(parameters.shape[1])], s, parameters.flatten())
 
 
 @dataclass(frozen=True, eq=False)

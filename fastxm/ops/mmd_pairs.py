@@ -5,16 +5,15 @@ sum_q weight[q] part(s, shape[q]); a polynomial (gamma s + coef0)^degree.
 
     grad_x k = slope (y - x) with slope = -2 dk/ds (radial),    slope y with slope = dk/ds (other)
 
-`parameters` [2, K] holds shapes and weights, or gamma and coef0 with K = 1.
+The parameters of a kernel are K shapes and then K weights, or gamma and coef0 with K = 1; those of
+a sum of kernels follow one another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-Values = float | Tensor | Sequence[float | Tensor]
 
 
 class Part(NamedTuple):
@@ -23,39 +22,6 @@ class Part(NamedTuple):
     value: Callable[[Tensor, Tensor], Tensor]  # of s, shape
     slope: Callable[[Tensor, Tensor, Tensor], Tensor]  # of s, shape, k
     by_shape: Callable[[Tensor, Tensor, Tensor], Tensor]  # of s, shape, k
-
-
-def vector(values: Values, like: Tensor) -> Tensor:
-    """A number, a sequence or a tensor as [K], of the dtype and device of `like`."""
-    if isinstance(values, Tensor):
-        return values.to(like).reshape(-1)
-    # filled, not copied from the host, so that CUDA graphs capture it
-    items = values if isinstance(values, Sequence) else [values]
-    return torch.stack([v.to(like).reshape(()) if isinstance(v, Tensor) else like.new_full((), v)
-                        for v in items])  # fmt: skip
-
-
-def positive(name: str, values: Values) -> None:
-    """Raises ValueError unless every value is above 0; a CUDA tensor is not read, it would wait."""
-    items = list(values) if isinstance(values, Sequence) else [values]
-    if not items:
-        raise ValueError(f"{name} must hold one value or more")
-    for v in items:
-        if not isinstance(v, Tensor):
-            good = v > 0
-        else:
-            unread = v.device.type != "cpu" or torch.compiler.is_compiling()
-            good = unread or (v.numel() > 0 and bool((v > 0).all()))
-        if not good:
-            raise ValueError(f"{name} must be above 0, not {values}")
-
-
-def mixed(shapes: Tensor, weights: Values) -> Tensor:
-    """[2, K] of shapes [K] and K weights, or one weight for all."""
-    w = vector(weights, shapes)
-    if w.numel() not in (1, shapes.numel()):
-        raise ValueError(f"{shapes.numel()} parts need as many weights or one, not {w.numel()}")
-    return torch.stack([shapes, w.expand_as(shapes)])
 
 
 def distances(x: Tensor, y: Tensor, same: bool = False) -> Tensor:
@@ -86,7 +52,21 @@ def rational_by_shape(s: Tensor, alpha: Tensor, k: Tensor) -> Tensor:
     return k * (u / (1 + u) - torch.log1p(u))
 
 
-PRODUCTS = ("polynomial", "linear")
+KINDS = ("rbf", "rational_quadratic", "laplace", "energy", "polynomial")  # as csrc/mmd_pair.h
+
+
+class Term(NamedTuple):
+    """One kernel of a sum: an index of KINDS, a polynomial's degree, and K, its parts."""
+
+    kind: int
+    degree: int
+    parts: int
+
+    @property
+    def radial(self) -> bool:
+        return KINDS[self.kind] != "polynomial"
+
+
 PARTS = {
     "rbf": Part(
         lambda s, rate: torch.exp(-rate * s),
@@ -111,31 +91,49 @@ PARTS = {
 }
 
 
-def value(kind: str, s: Tensor, parameters: Tensor, degree: int) -> Tensor:
+def value(terms: Sequence[Term], s: Tensor, parameters: Tensor) -> Tensor:
     """The kernel at s, of the shape of s."""
-    if kind in PRODUCTS:
-        return (parameters[0] * s + parameters[1]) ** degree
-    parts = [w * PARTS[kind].value(s, p) for p, w in parameters.unbind(1)]
+    parts = []
+    for term, shapes, weights in _each(terms, parameters):
+        if not term.radial:
+            parts.append((shapes * s + weights) ** term.degree)
+            continue
+        part = PARTS[KINDS[term.kind]]
+        parts += [w * part.value(s, p) for p, w in zip(shapes.unbind(), weights.unbind())]
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
-def slope(kind: str, s: Tensor, parameters: Tensor, degree: int) -> Tensor:
+def slope(terms: Sequence[Term], s: Tensor, parameters: Tensor) -> Tensor:
     """The slope at s, of the shape of s."""
-    if kind in PRODUCTS:
-        return degree * parameters[0] * (parameters[0] * s + parameters[1]) ** (degree - 1)
-    part = PARTS[kind]
     total = torch.zeros_like(s)
-    for p, w in parameters.unbind(1):
-        total += w * part.slope(s, p, part.value(s, p))
+    for term, shapes, weights in _each(terms, parameters):
+        if not term.radial:
+            inner = (shapes * s + weights) ** (term.degree - 1)
+            total += term.degree * shapes * inner
+            continue
+        part = PARTS[KINDS[term.kind]]
+        for p, w in zip(shapes.unbind(), weights.unbind()):
+            total += w * part.slope(s, p, part.value(s, p))
     return total
 
 
-def by_parameters(kind: str, s: Tensor, parameters: Tensor, degree: int) -> list[list[Tensor]]:
-    """Derivatives of the kernel by each of the [2, K] parameters, each of the shape of s."""
-    if kind in PRODUCTS:
-        inner = degree * (parameters[0] * s + parameters[1]) ** (degree - 1)
-        return [[inner * s], [inner]]
-    part = PARTS[kind]
-    values = [part.value(s, p) for p in parameters[0]]
-    shapes = [w * part.by_shape(s, p, k) for k, (p, w) in zip(values, parameters.unbind(1))]
-    return [shapes, values]
+def by_parameters(terms: Sequence[Term], s: Tensor, parameters: Tensor) -> list[Tensor]:
+    """Derivatives of the kernel by each of the parameters, each of the shape of s."""
+    found = []
+    for term, shapes, weights in _each(terms, parameters):
+        if not term.radial:
+            inner = term.degree * (shapes * s + weights) ** (term.degree - 1)
+            found += [inner * s, inner]
+            continue
+        part = PARTS[KINDS[term.kind]]
+        values = [part.value(s, p) for p in shapes.unbind()]
+        each = zip(values, shapes.unbind(), weights.unbind())
+        found += [*(w * part.by_shape(s, p, k) for k, p, w in each), *values]
+    return found
+
+
+def _each(terms: Sequence[Term], parameters: Tensor) -> Iterator[tuple[Term, Tensor, Tensor]]:
+    """Each term with its shapes and its weights, [K] each."""
+    sizes = [2 * term.parts for term in terms]
+    for term, own in zip(terms, parameters.split(sizes)):
+        yield term, own[: term.parts], own[term.parts :]

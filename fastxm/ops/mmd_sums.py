@@ -3,73 +3,51 @@
     S = c[0] sum a[i] a[j] k(x[i], x[j]) + c[1] sum b[i] b[j] k(y[i], y[j])
       + c[2] sum a[i] b[j] k(x[i], y[j])
 
-S is a plain sum, so the forward that visits a pair also forms what the pair adds to the gradients,
-where they are wanted; the backward only scales them. With p = K_xx a, q = K_xy b:
+of one problem, or of each of G. S is a plain sum, so the forward that visits a pair also forms what
+the pair adds to the gradients, where they are wanted; the backward only scales them. With p = K_xx
+a, q = K_xy b:
 
     da = 2 c[0] p + c[2] q        dx[i] = sum_j 2 c[0] a[i] a[j] grad k(x[i], x[j]) + ...
     dc = the three sums           dparameters = the sums with k's derivative in place of k
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fastxm.ops import dispatch
-from fastxm.ops.mmd_pairs import distances, off_diagonal, value
-from fastxm.ops.mmd_tiles import Function, Rows, native, plain, visit
-
-OFFERED = ("reference", "cpu")
-TILE = {"reference": 2048, "cpu": 512}
+from fastxm.ops import dispatch, mmd_reference
+from fastxm.ops.mmd_backends import forward
+from fastxm.ops.mmd_problems import per_row
+from fastxm.ops.mmd_reference import Options, unpack
 
 
-def kernel_sum(
+def kernel_sums(
     x: Tensor,
     y: Tensor,
     a: Tensor,
     b: Tensor,
     c: Tensor,
     parameters: Tensor,
-    kind: str,
-    degree: int,
-    drop_self: bool,
-    drop_paired: bool,
+    x_starts: Tensor | None,
+    y_starts: Tensor | None,
+    options: Options,
 ) -> Tensor:
-    """S of the module docstring.
+    """S of the module docstring, of each problem.
 
     Args:
-        x, y: [N, D] and [M, D], float32 or float64, centred for a radial kernel.
-        a, b: [N] and [M], weights of the rows.
-        c: [3], float64, coefficients of the three sums.
-        parameters, kind, degree: the kernel (see mmd_pairs).
-        drop_self: leaves pairs of a row with itself out of the first two sums.
-        drop_paired: leaves the pairs i = j out of the third.
+        x, y: [N, D] and [M, D], of any floating dtype, of all problems one below the other.
+        a, b: [N] and [M], float32 or float64, weights of the rows.
+        c: [G, 3], float64, coefficients of the three sums.
+        parameters: [P], of a's dtype, of all terms.
+        x_starts, y_starts: [G + 1] integers on the CPU, where the rows of each problem begin and
+            the last one's end; None for one problem.
+
+    Returns:
+        [G], of a's dtype.
     """
-    if kind == "linear":
-        return parameters[0, 0] * _linear(x, y, a, b, c, drop_self, drop_paired)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, y, parameters)]
-    return _fwd(x, y, a, b, c, parameters, kind, degree, drop_self, drop_paired, wanted)[0]
-
-
-def _linear(x, y, a, b, c, drop_self: bool, drop_paired: bool) -> Tensor:
-    """S of the kernel <x, y>: products of sums, in O(N D)."""
-
-    def total(u: Tensor, v: Tensor, drop: bool) -> Tensor:
-        whole = (u.sum(0) * v.sum(0)).sum()
-        return whole - (u * v).sum() if drop else whole
-
-    u, v = a[:, None] * x, b[:, None] * y
-    sums = (total(u, u, drop_self), total(v, v, drop_self), total(u, v, drop_paired))
-    return (c * torch.stack(sums)).sum().to(x.dtype)
-
-
-def _formula(x, y, a, b, c, parameters, kind, degree, drop_self, drop_paired) -> Tensor:
-    def total(x: Tensor, y: Tensor, a: Tensor, b: Tensor, same: bool, drop: bool) -> Tensor:
-        s = x @ y.mT if kind == "polynomial" else distances(x, y, same)
-        k = value(kind, s, parameters, degree)
-        return a @ (k * off_diagonal(k) if drop else k) @ b
-
-    sums = (total(x, x, a, a, True, drop_self), total(y, y, b, b, True, drop_self),
-            total(x, y, a, b, False, drop_paired))  # fmt: skip
-    return (c * torch.stack(sums)).sum().to(x.dtype)
+    return _fwd(x, y, a, b, c, parameters, x_starts, y_starts, *options, wanted)[0]
 
 
 @torch.library.custom_op("fastxm::mmd_fwd", mutates_args=())
@@ -80,62 +58,50 @@ def _fwd(
     b: Tensor,
     c: Tensor,
     parameters: Tensor,
-    kind: str,
-    degree: int,
+    x_starts: Tensor | None,
+    y_starts: Tensor | None,
+    terms: list[int],
     drop_self: bool,
     drop_paired: bool,
+    precision: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend = dispatch.choose("mmd", x.device, _auto(x.device), OFFERED)
-    # derivatives by the kernel's parameters are summed in PyTorch alone
-    epilogue = native if backend == "cpu" and not wanted[2] else plain
-    dparameters = torch.zeros_like(parameters)
-    function = Function(kind, degree, parameters.contiguous(), dparameters if wanted[2] else None)
-    xs = Rows.make(x, a.contiguous(), wanted[0])
-    ys = Rows.make(y, b.contiguous(), wanted[1])
-    how = (epilogue, TILE[backend])
-    p, _ = visit(function, xs, xs, 2 * c[0], drop_self, *how)
-    r, _ = visit(function, ys, ys, 2 * c[1], drop_self, *how)
-    q, t = visit(function, xs, ys, c[2], drop_paired, *how)
-    dots = [(u.double() * v.double()).sum() for u, v in ((a, p), (b, r), (a, q))]
-    sums = torch.stack(dots)
-    dx, dy = (_gradient(rows, kind) for rows in (xs, ys))
-    total = (c * sums).sum().to(x.dtype)
-    return (total, dx, dy, 2 * c[0] * p + c[2] * q, 2 * c[1] * r + c[2] * t, sums,
-            dparameters)  # fmt: skip
-
-
-def _gradient(rows: Rows, kind: str) -> Tensor:
-    """dx, or an empty tensor where it is not wanted."""
-    if rows.gradient is None:
-        return rows.z.new_empty(0)
-    return rows.gradient if kind == "polynomial" else rows.gradient.addcmul_(
-        rows.slopes[:, None], rows.z, value=-1)  # fmt: skip
-
-
-def _auto(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else "reference"
+    """S [G], and the gradients of each problem's: dx, dy, da, db, dc [G, 3], dparameters [G, P]."""
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(
+            *(x, y, a.contiguous(), b.contiguous(), c, parameters, x_starts, y_starts),
+            *(unpack(terms), drop_self, drop_paired, precision, wanted),
+        )
 
 
 @_fwd.register_fake
-def _(x, y, a, b, c, parameters, kind, degree, drop_self, drop_paired, wanted):
-    dx, dy = (torch.empty_like(z) if w else z.new_empty(0) for z, w in zip((x, y), wanted))
-    return (x.new_empty(()), dx, dy, torch.empty_like(a), torch.empty_like(b),
-            torch.empty_like(c), torch.empty_like(parameters))  # fmt: skip
+def _(x, y, a, b, c, parameters, x_starts, y_starts, terms, self, paired, precision, wanted):
+    dx, dy = (z.new_empty(z.shape if w else 0, dtype=a.dtype) for z, w in zip((x, y), wanted))
+    G = len(c)
+    return (a.new_empty(G), dx, dy, torch.empty_like(a), torch.empty_like(b),
+            torch.empty_like(c), c.new_empty(G, len(parameters)))  # fmt: skip
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6], *output[1:])
-    ctx.options = inputs[6:10]
+    ctx.save_for_backward(*inputs[:8], *output[1:])
+    ctx.options = inputs[8:12]
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, dtotal, *_):
-    inputs, gradients = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    inputs, (dx, dy, da, db, dc, dparameters) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    starts = inputs[6:8]
     if torch.is_grad_enabled():
-        found = dispatch.vjp(lambda *t: _formula(*t, *ctx.options), inputs, [dtotal])
+        formula = partial(mmd_reference.kernel_sums, starts, Options(*ctx.options))
+        found = dispatch.vjp(formula, inputs[:6], [dtotal])
     else:
-        found = [dtotal * g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]
-    return (*found, None, None, None, None, None)
+        x_of, y_of = (per_row(dtotal, s) for s in starts)
+        ready = (lambda: x_of[..., None] * dx, lambda: y_of[..., None] * dy, lambda: x_of * da,
+                 lambda: y_of * db, lambda: dtotal[:, None] * dc,
+                 lambda: (dtotal.double() @ dparameters))  # fmt: skip
+        found = [f().to(t.dtype) if need else None
+                 for f, t, need in zip(ready, inputs, ctx.needs_input_grad)]  # fmt: skip
+    return (*found, *(None,) * 7)
 
 
 _fwd.register_autograd(_backward, setup_context=_save)

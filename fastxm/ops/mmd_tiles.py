@@ -1,69 +1,30 @@
-"""Kernel sums and all their gradients in one visit of square tiles, in O(N D) memory.
+"""Kernel sums and all their gradients in one visit of square tiles, in O((N + M) D) memory.
 
-A tile of inner products is made by the vendor's GEMM. One epilogue, C++ or plain PyTorch, turns it
-into gradient weights w in place and adds up what its rows and columns need:
+A tile of inner products becomes gradient weights w, and what its rows and columns need is added up:
 
     x potential[i] += sum_j b[j] k[i, j]        w[i, j] = scale[i] b[j] slope[i, j]
     y potential[j] += sum_i a[i] k[i, j]        dx[i] += sum_j w[i, j] (y[j] - x[i]),  dy alike
 
 (the differences only for radial kernels, else y[j] and x[i]). Tiles of x with itself are visited
-once for (i, j) and (j, i).
+once for (i, j) and (j, i). Precision: see docs/mmd.md.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops import dispatch
+from fastxm.ops import dispatch, gemm
 from fastxm.ops.mmd_pairs import by_parameters, off_diagonal, slope, value
+from fastxm.ops.mmd_rows import Function, Room, Rows
 
-KINDS = ("rbf", "rational_quadratic", "laplace", "energy", "polynomial")
 DIAGONALS = ("plain", "same", "dropped")
 
 
-@dataclass
-class Function:
-    """The kernel, as mmd_pairs states it."""
-
-    kind: str
-    degree: int
-    parameters: Tensor  # [2, K]
-    dparameters: Tensor | None  # [2, K], added to if given
-
-
-@dataclass
-class Rows:
-    """One sample, or a range of its rows, and what a visit adds to it."""
-
-    z: Tensor  # [N, D]
-    norms: Tensor  # [N], squared
-    weight: Tensor  # [N]
-    scale: Tensor  # [N], weight times the coefficient of the visit
-    potential: Tensor  # [N]
-    slopes: Tensor  # [N], sums of w
-    gradient: Tensor | None  # [N, D], if wanted
-
-    @classmethod
-    def make(cls, z: Tensor, weight: Tensor, gradient: bool) -> "Rows":
-        zeros = torch.zeros_like(weight)
-        dz = torch.zeros_like(z) if gradient else None
-        return cls(z, z.square().sum(1), weight, weight, zeros, torch.zeros_like(weight), dz)
-
-    def begin(self, coefficient: Tensor) -> "Rows":
-        scale, potential = coefficient * self.weight, torch.zeros_like(self.weight)
-        return replace(self, scale=scale, potential=potential)
-
-    def part(self, start: int, size: int) -> "Rows":
-        some = slice(start, start + size)
-        gradient = None if self.gradient is None else self.gradient[some]
-        return Rows(self.z[some], self.norms[some], self.weight[some], self.scale[some],
-                    self.potential[some], self.slopes[some], gradient)  # fmt: skip
-
-
-Epilogue = Callable[[Function, Tensor, Rows, Rows, str, bool], None]
+# of a function, rows, columns, what pairs i = j are, whether columns get their sums too, and a
+# place for weights: w [n, m], or None where no gradient is wanted
+Maker = Callable[[Function, Rows, Rows, str, bool, Room], Tensor | None]
 
 
 def visit(
@@ -72,7 +33,7 @@ def visit(
     y: Rows,
     coefficient: Tensor,
     drop: bool,
-    epilogue: Epilogue,
+    make: Maker,
     tile: int,
 ) -> tuple[Tensor, Tensor]:
     """All tiles of x against y, or the upper triangle of x against itself if y is x.
@@ -82,7 +43,7 @@ def visit(
         x, y: N and M rows, whose slopes and gradients are added to.
         coefficient: scalar, a factor of w.
         drop: leaves the pairs i = j out.
-        epilogue: `native` or `plain`.
+        make: what makes a tile.
         tile: rows of a tile.
 
     Returns:
@@ -92,20 +53,20 @@ def visit(
     x, y = x.begin(coefficient), y.begin(coefficient)
     y = x if triangle else y
     N, M = len(x.z), len(y.z)
-    buffer = x.z.new_empty(min(tile, N) * min(tile, M))
+    room = Room.of(x, y, tile)
     for i in range(0, N, tile):
         rows = x.part(i, tile)
         for j in range(i if triangle else 0, M, tile):
             columns = y.part(j, tile)
-            n, m = len(rows.z), len(columns.z)
-            products = torch.mm(rows.z, columns.z.T, out=buffer[: n * m].view(n, m))
             own = "dropped" if drop else "same" if triangle else "plain"
             mirrored = not triangle or i != j
-            epilogue(function, products, rows, columns, own if i == j else "plain", mirrored)
+            w = make(function, rows, columns, own if i == j else "plain", mirrored, room)
+            if w is None:
+                continue
             if rows.gradient is not None:
-                rows.gradient.addmm_(products, columns.z)
+                gemm.accumulate(rows.gradient, w, columns.other)
             if columns.gradient is not None and mirrored:
-                columns.gradient.addmm_(products.T, rows.z)
+                gemm.accumulate(columns.gradient, w.T, rows.other)
     return x.potential, y.potential
 
 
@@ -113,37 +74,51 @@ def wanted(rows: Rows, columns: Rows) -> bool:
     return rows.gradient is not None or columns.gradient is not None
 
 
-def native(f: Function, products, rows: Rows, columns: Rows, own: str, mirrored: bool) -> None:
-    """The C++ epilogue; `own`: what pairs i = j are; `mirrored`: columns get their sums too."""
-    sizes = [KINDS.index(f.kind), f.degree, products.dtype == torch.float64, *products.shape,
-             f.parameters.shape[1], DIAGONALS.index(own), wanted(rows, columns)]  # fmt: skip
-    tensors = [products, rows.norms, columns.norms, rows.weight, rows.scale, columns.weight,
-               f.parameters, rows.potential, columns.potential, rows.slopes,
-               columns.slopes]  # fmt: skip
-    addresses = [t.data_ptr() for t in tensors]
-    if not mirrored:
-        addresses[8] = addresses[10] = 0
-    _C.mmd_cpu(sizes, addresses, dispatch.threads())
+def native(
+    f: Function, rows: Rows, columns: Rows, own: str, mirrored: bool, room: Room
+) -> Tensor | None:
+    """A tile by C++, which makes the products too where it has a kernel for them."""
+    n, m = len(rows.z), len(columns.z)
+    products, weights = room.tile(n, m)
+    if columns.panels is None:
+        torch.mm(rows.z, columns.z.T, out=products)
+    half, w = rows.z.dtype == torch.bfloat16, weights if wanted(rows, columns) else None
+    tensors = [
+        *(rows.z, columns.panels, None if columns.panels is not None else products, w),
+        *(rows.norms, columns.norms, rows.weight, columns.weight, rows.scale, rows.potential),
+        *(columns.potential if mirrored else None, rows.slopes),
+        *(columns.slopes if mirrored else None, f.derivatives),
+    ]
+    numbers = [n, m, DIAGONALS.index(own), half, rows.z.shape[1]]
+    numbers += [0 if t is None else t.data_ptr() for t in tensors]
+    _C.mmd_tile_cpu(f.numbers(), numbers, dispatch.threads())
+    return w
 
 
-def plain(f: Function, products, rows: Rows, columns: Rows, own: str, mirrored: bool) -> None:
-    """The epilogue in PyTorch, on any device, with the derivatives by the kernel's parameters."""
+def plain(
+    f: Function, rows: Rows, columns: Rows, own: str, mirrored: bool, room: Room
+) -> Tensor | None:
+    """A tile in PyTorch, on any device."""
+    products, weights = room.tile(len(rows.z), len(columns.z))
+    gemm.multiply(rows.z, columns.z.T, products)
     s = products
-    if f.kind != "polynomial":
+    if f.radial:
         s = (rows.norms[:, None] + columns.norms - 2 * products).clamp_min(0)
         s = s if own == "plain" else s * off_diagonal(s)
-    at = (f.kind, s, f.parameters, f.degree)
     keep = off_diagonal(s) if own == "dropped" else 1
-    k = value(*at) * keep
+    k = value(f.terms, s, f.parameters) * keep
     rows.potential += k @ columns.weight
     if mirrored:
         columns.potential += rows.weight @ k
-    if f.dparameters is not None:
+    if f.derivatives is not None:
         left = rows.scale if mirrored else rows.scale / 2
-        found = [[left @ (d * keep) @ columns.weight for d in row] for row in by_parameters(*at)]
-        f.dparameters += torch.stack([torch.stack(row) for row in found])
-    if wanted(rows, columns):
-        products.copy_(rows.scale[:, None] * columns.weight * (slope(*at) * keep))
-        rows.slopes += products.sum(1)
-        if mirrored:
-            columns.slopes += products.sum(0)
+        found = by_parameters(f.terms, s, f.parameters)
+        f.derivatives += torch.stack([left @ (d * keep) @ columns.weight for d in found])
+    if not wanted(rows, columns):
+        return None
+    w = rows.scale[:, None] * columns.weight * (slope(f.terms, s, f.parameters) * keep)
+    weights.copy_(w)
+    rows.slopes += weights.sum(1, dtype=rows.slopes.dtype)
+    if mirrored:
+        columns.slopes += weights.sum(0, dtype=rows.slopes.dtype)
+    return weights

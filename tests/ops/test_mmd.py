@@ -13,10 +13,12 @@ from fastxm.ops import (
     median_heuristic,
     mmd2,
     mmd2_and_variance,
+    mmd_backends,
     mmd_permutation_test,
     mmd_sums,
 )
 from fastxm.ops.mmd import RBF, Energy, Laplace, Linear, Polynomial, RationalQuadratic
+from fastxm.ops.mmd_checks import stated
 
 LADDER = RBF((1, 2, 4, 8, 16))
 KERNELS = {
@@ -27,6 +29,7 @@ KERNELS = {
     "energy": Energy(),
     "polynomial": Polynomial(),
     "sum": RationalQuadratic((0.5, 2.0)) + Linear(0.1),
+    "sums": RBF(3.0) + Laplace((1.0, 3.0)) + Polynomial() + Energy() + Linear(0.1),
 }
 ESTIMATORS = ["biased", "unbiased", "u_statistic", "linear", "block"]
 SHAPES = [(2, 2, 1), (5, 7, 3), (33, 70, 65), (257, 300, 17), (530, 515, 4)]  # N, M, D
@@ -129,6 +132,8 @@ LEARNED = {
     "energy": lambda p: Energy(p[0]),
     "polynomial": lambda p: Polynomial(2, p[0], p[1]),
     "sum": lambda p: RBF(p[0]) + Linear(p[1]),
+    "sums": lambda p: RBF(p) + Laplace(p[1], weights=p[0]) + Polynomial(3, p[0]) + Linear(p[1]),
+    "ladder": lambda p: RBF((p[0], 2 * p[0], 4 * p[0], 3 * p[1]), weights=p.repeat(2)),
 }
 
 
@@ -137,7 +142,6 @@ def test_derivatives(kernel, device):
     f, leaves = wells(kernel, device)
     assert gradcheck(f, leaves)
     assert gradgradcheck(f, leaves)
-    # without a gradient to the kernel's numbers the C++ epilogue runs
     leaves[4] = leaves[4].detach()
     assert gradcheck(f, leaves)
 
@@ -147,6 +151,91 @@ def test_derivatives_of_estimators(estimator, device):
     x, y = (t[0].requires_grad_() for t in samples(6, 6, 2, device, torch.float64))
     assert gradcheck(lambda x, y: mmd2(x, y, estimator=estimator), (x, y))
     assert gradgradcheck(lambda x, y: mmd2(x, y, estimator=estimator), (x, y))
+
+
+@by_name(LEARNED)
+def test_gradients_of_bandwidths(kernel, device):
+    # over several tiles, against the reference
+    x, y = (t[0, :, :3] for t in samples(530, 515, 4, device, torch.float64))
+    p = torch.tensor([0.7, 1.4], dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.rand(530, dtype=torch.float64, device=device, requires_grad=True)
+
+    def found():
+        total = mmd2(x, y, kernel(p), estimator="unbiased", x_weight=weight)
+        return torch.autograd.grad(total, (p, weight))
+
+    with backend("reference"):
+        plain = found()
+    torch.testing.assert_close(found(), plain)
+
+
+BATCHES = [(3, 5, 7, 4), (2, 40, 33, 9), (2, 300, 257, 3)]  # G, N, M, D
+
+
+@by_name({name: KERNELS[name] for name in ("ladder", "polynomial", "sums")})
+@pytest.mark.parametrize("shape", BATCHES)
+def test_batches(kernel, shape, device):
+    G, N, M, D = shape
+    x = torch.randn(G, N, D, device=device, dtype=torch.float64) + 3
+    y = torch.randn(G, M, D, device=device, dtype=torch.float64) + torch.arange(G)[:, None, None]
+    a = torch.rand(G, N, device=device, dtype=torch.float64)
+    for options in ({"estimator": "unbiased", "x_weight": a}, {"estimator": "u_statistic"}):
+        u, v = (x, y) if "x_weight" in options else (x[:, :5], y[:, :5])
+
+        def together(u, v, options=options):
+            return mmd2(u, v, kernel, **options)
+
+        def apart(u, v, options=options):
+            each = [{**options, "x_weight": w} if "x_weight" in options else options for w in a]
+            return torch.stack([mmd2(p, q, kernel, **o) for p, q, o in zip(u, v, each)])
+
+        torch.testing.assert_close(together(u, v), apart(u, v))
+        torch.testing.assert_close(gradient(together)(u, v), gradient(apart)(u, v))
+
+
+def test_ragged(device):
+    sizes = [(3, 4), (1, 9), (30, 2)]
+    x_starts, y_starts = (torch.tensor([0, *c]).cumsum(0) for c in zip(*sizes))
+    x, y = (torch.randn(n, 5, dtype=torch.float64, device=device) for n in (34, 15))
+    p = torch.tensor([0.7, 1.4], dtype=torch.float64, device=device)
+
+    def together(x, y, p):
+        return mmd2(x, y, RBF(p) + Linear(p[0]), x_starts=x_starts, y_starts=y_starts)
+
+    def apart(x, y, p):
+        both = zip(x.split([n for n, _ in sizes]), y.split([m for _, m in sizes]))
+        return torch.stack([mmd2(u, v, RBF(p) + Linear(p[0])) for u, v in both])
+
+    same, wrt = torch.testing.assert_close, (0, 1, 2)
+    same(together(x, y, p), apart(x, y, p))
+    same(gradient(together, wrt)(x, y, p), gradient(apart, wrt)(x, y, p))
+    with backend("reference"):
+        same(gradient(together, wrt)(x, y, p), gradient(apart, wrt)(x, y, p))
+    leaves = [t.requires_grad_() for t in (x, y, p)]
+    twice = [torch.autograd.grad(f(*leaves).square().sum(), leaves, create_graph=True)
+             for f in (together, apart)]  # fmt: skip
+    second = [torch.autograd.grad(sum(g.square().sum() for g in t), leaves) for t in twice]
+    same(second[0], second[1])
+
+
+@pytest.mark.parametrize("estimator", ["linear", "block"])
+def test_batches_of_other_estimators(estimator, device):
+    x, y = (torch.randn(3, 9, 4, device=device, dtype=torch.float64) for _ in range(2))
+    each = torch.stack([mmd2(u, v, estimator=estimator) for u, v in zip(x, y)])
+    torch.testing.assert_close(mmd2(x, y, estimator=estimator), each)
+
+
+def test_precision(device):
+    x, y = (t[0] for t in samples(257, 300, 17, device))
+    truth = mmd2(x.double(), y.double())
+    # distances of rounded rows: 8 bits each, of which the errors of many pairs cancel
+    assert abs(mmd2(x, y, precision="bfloat16") - truth) < 2**-8 * truth
+    assert torch.equal(mmd2(x, y, precision="float32"), mmd2(x, y))
+    # rows that come as bfloat16 lose nothing, wherever their mean is
+    shift = torch.full_like(x[:1], 4.0).bfloat16()
+    x, y = x.bfloat16() + shift, y.bfloat16() + shift
+    no_worse(mmd2, lambda u, v: mmd2(u, v, precision="float32" if u.dtype == torch.bfloat16
+             else None), x, y, factor=16)  # fmt: skip
 
 
 def test_second_order_of_a_sample_with_itself(device):
@@ -166,11 +255,14 @@ def test_only_wanted_gradients(device):
 
 def test_dispatch(device):
     x, y = (t[0].requires_grad_() for t in samples(9, 7, 5, device))
-    kernel = RBF((1, 2))
+    kernel, starts = RBF((1, 2)), torch.tensor([0, 3, 7])
     a, b = x.new_full((9,), 1 / 9), y.new_full((7,), 1 / 7)
-    options = ("rbf", 1, True, False, [True, True, False])
-    args = (x, y, a, b, x.new_tensor([1.0, 1.0, -2.0]).double(), kernel.parameters(x), *options)
-    torch.library.opcheck(mmd_sums._fwd, args)
+    numbers, parameters = stated([kernel], x)
+    options = (numbers, True, False, "float32", [True, True, True])
+    for where, c in ((None, x.new_ones(1, 3)), (starts, x.new_ones(2, 3))):
+        some = where if where is None else torch.tensor([0, 4, 9])
+        args = (x, y, a, b, c.double(), parameters, some, where, *options)
+        torch.library.opcheck(mmd_sums._fwd, args)
     want = torch.autograd.grad(mmd2(x, y, kernel), (x, y))
     compiled = torch.compile(lambda x, y: mmd2(x, y, kernel), fullgraph=True, backend="aot_eager")
     for got, g in zip(torch.autograd.grad(compiled(x, y), (x, y)), want):
@@ -179,7 +271,36 @@ def test_dispatch(device):
         inside = mmd2(x, y, kernel + Linear())
     assert torch.equal(inside, mmd2(x, y, kernel + Linear()))
     with backend("triton"), pytest.raises(RuntimeError, match="mmd"):
-        mmd2(x, y)
+        mmd2(x.double(), y.double())
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    # several tiles, of several blocks each
+    monkeypatch.setitem(mmd_backends.TILE, "triton", 64)
+    with backend("triton"):
+        yield "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@by_name(KERNELS)
+@pytest.mark.parametrize("shape", [(5, 7, 3), (33, 70, 65), (130, 97, 17)])
+def test_triton(kernel, shape, triton_device):
+    given = [t[:3] for t in samples(*shape, triton_device)]
+    no_worse(ours(kernel, "biased"), formula(kernel, "biased"), *given)
+    no_worse(gradient(ours(kernel, "unbiased")), gradient(formula(kernel, "unbiased")), *given)
+    u_statistic = ours(kernel, "u_statistic")
+    x, y = (t[:, :5] for t in given)
+    with backend("reference"):
+        plain = gradient(u_statistic)(x, y)
+    torch.testing.assert_close(gradient(u_statistic)(x, y), plain, atol=1e-5, rtol=1e-4)
+
+
+def test_triton_gradients_of_bandwidths(triton_device):
+    x, y = (t[0] for t in samples(33, 70, 5, triton_device))
+    p = torch.tensor([0.7, 1.4], device=triton_device, requires_grad=True)
+    (found,) = torch.autograd.grad(mmd2(x, y, RBF(p)), p)
+    with backend("reference"):
+        torch.testing.assert_close(torch.autograd.grad(mmd2(x, y, RBF(p)), p)[0], found)
 
 
 def test_same_bits_for_any_threads():
@@ -325,6 +446,11 @@ def test_permutations_of_two_rows_all_tie():
     assert abs(p - 1 / 3) < 4 * math.sqrt(2 / 9 / 3000)
 
 
+def ragged(x, y, x_starts, y_starts, **options):
+    starts = {"x_starts": torch.tensor(x_starts), "y_starts": torch.tensor(y_starts)}
+    return mmd2(x, y, **starts, **options)
+
+
 @pytest.mark.parametrize(
     ("error", "call"),
     [
@@ -345,6 +471,15 @@ def test_permutations_of_two_rows_all_tie():
         (ValueError, lambda x, y: mmd2(x, y, estimator="block", x_weight=x[:, 0])),
         (ValueError, lambda x, y: mmd2_and_variance(x[:3], y[:3], RBF())),
         (ValueError, lambda x, y: mmd_permutation_test(x, y, RBF(), 0)),
+        (ValueError, lambda x, y: mmd2(x, y, precision="half")),
+        (ValueError, lambda x, y: mmd2(x, y, precision="bfloat16")),  # of float64
+        (ValueError, lambda x, y: mmd2(x.expand(2, 6, 4), y)),
+        (ValueError, lambda x, y: mmd2(x, y, x_starts=torch.tensor([0, 6]))),
+        (ValueError, lambda x, y: ragged(x, y, [0, 3, 5], [0, 3, 6])),
+        (ValueError, lambda x, y: ragged(x, y, [0, 3, 6], [0, 6])),
+        (ValueError, lambda x, y: ragged(x, y, [0, 6, 6], [0, 3, 6])),
+        (ValueError, lambda x, y: ragged(x, y, [0, 1, 6], [0, 3, 6], estimator="unbiased")),
+        (ValueError, lambda x, y: ragged(x, y, [0, 6], [0, 6], estimator="block")),
         (TypeError, lambda x, y: mmd2(x.long(), y)),
         (TypeError, lambda x, y: mmd2(x, y, "rbf")),
     ],

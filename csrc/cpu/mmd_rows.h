@@ -1,0 +1,175 @@
+// Rows of a tile of MMD, a strip of columns at a time.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/mmd.h"
+#include "cpu/simd.h"
+#include "mmd_pair.h"
+
+namespace fastxm {
+namespace {
+
+using std::int64_t;
+
+constexpr int64_t kStrip = 256;  // pairs that stay in the first cache through all parts of a kernel
+
+template <class T>
+struct Part {
+  MmdKind kind;
+  int64_t degree, at, K;  // its parameters are at, and K further
+  bool power;             // it is the fourth power of the part before
+  T shape, weight;
+};
+
+// Parts of the kernel. Of RBF rates ascend; a bandwidth half the one before is its fourth power,
+// two squarings for an exp. A power of a power is not taken, as each multiplies the rounding of the
+// exp by 4.
+template <class T>
+std::vector<Part<T>> parts_of(const MmdKernel& kernel) {
+  const auto* kinds = pointer<const int64_t>(kernel.kinds);
+  const T* p = pointer<const T>(kernel.parameters);
+  std::vector<Part<T>> parts;
+  int64_t first = 0;
+  for (int64_t t = 0; t < kernel.terms; ++t, kinds += 3) {
+    const std::size_t begin = parts.size();
+    const int64_t K = kinds[2];
+    for (int64_t q = first; q < first + K; ++q)
+      parts.push_back({static_cast<MmdKind>(kinds[0]), kinds[1], q, K, false, p[q], p[q + K]});
+    first += 2 * K;
+    if (parts.back().kind != MmdKind::rbf) continue;
+    std::stable_sort(parts.begin() + begin, parts.end(),
+                     [](const Part<T>& a, const Part<T>& b) { return a.shape < b.shape; });
+    for (std::size_t q = begin + 1; q < parts.size(); ++q)
+      parts[q].power = !parts[q - 1].power && parts[q].shape == 4 * parts[q - 1].shape;
+  }
+  return parts;
+}
+
+template <class T>
+struct Strip {
+  alignas(64) T s[kStrip], k[kStrip], w[kStrip], held[kStrip], right[kStrip];
+};
+
+// what a part adds to values and slopes of n pairs; returns in by[2] the sums of its derivatives
+// times `right`
+template <MmdKind kKind, bool kPower, bool kDerivatives, class T>
+FASTXM_INLINE void add_part(const Part<T>& part, int64_t n, Strip<T>& a, T* by) {
+  const T shape = part.shape, weight = part.weight, degree = static_cast<T>(part.degree);
+  const T *s = a.s, *right = a.right;
+  T *k = a.k, *w = a.w, *kept = a.held, by_shape = 0, by_weight = 0;
+#pragma omp simd reduction(+ : by_shape, by_weight)
+  for (int64_t j = 0; j < n; ++j) {
+    T held = kept[j];
+    const MmdPair<T> pair = mmd_pair<kKind, kPower>(s[j], shape, weight, degree, held);
+    kept[j] = held;
+    k[j] += pair.k;
+    w[j] += pair.slope;
+    if (kDerivatives) {
+      by_shape += right[j] * pair.by_shape;
+      by_weight += right[j] * pair.by_weight;
+    }
+  }
+  by[0] = by_shape, by[1] = by_weight;
+}
+
+template <bool kDerivatives, class T>
+FASTXM_INLINE void evaluate(const Part<T>& part, int64_t n, Strip<T>& a, T* by) {
+  switch (part.kind) {
+    case MmdKind::rbf:
+      return part.power ? add_part<MmdKind::rbf, true, kDerivatives>(part, n, a, by)
+                        : add_part<MmdKind::rbf, false, kDerivatives>(part, n, a, by);
+    case MmdKind::rational_quadratic:
+      return add_part<MmdKind::rational_quadratic, false, kDerivatives>(part, n, a, by);
+    case MmdKind::laplace:
+      return add_part<MmdKind::laplace, false, kDerivatives>(part, n, a, by);
+    case MmdKind::energy:
+      return add_part<MmdKind::energy, false, kDerivatives>(part, n, a, by);
+    case MmdKind::polynomial:
+      std::fill(a.held, a.held + n, T(1));
+      for (int64_t d = 1; d < part.degree; ++d) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) a.held[j] *= part.shape * a.s[j] + part.weight;
+      }
+      return add_part<MmdKind::polynomial, false, kDerivatives>(part, n, a, by);
+  }
+}
+
+// Some rows of a tile, from row i on, against the columns of one strip, from j on.
+template <class T>
+struct Rows {
+  const std::vector<Part<T>>& parts;
+  bool radial, derive;
+  MmdDiagonal diagonal;
+  int64_t i, j, rows, width, stride;  // stride: of products and weights
+  const T* products;
+  const T *x_norms, *y_norms, *x_weights, *y_weights, *x_scales;
+  T *x_potentials, *x_slopes;  // [rows], added to
+  T *y_potentials, *y_slopes;  // [width], added to, of this thread
+  double* derivatives;         // of all parts, added to
+};
+
+// weights: 0 where they are not wanted
+template <class T, class Out>
+FASTXM_INLINE void rows_of(const Rows<T>& r, Out* weights, int64_t weight_stride) {
+  Strip<T> a;
+  // of locals the compiler knows that nothing else changes them, and so it vectorises
+  const int64_t n = r.width;
+  const T *y_norms = r.y_norms, *y_weights = r.y_weights;
+  T *y_potentials = r.y_potentials, *y_slopes = r.y_slopes;
+  T *s = a.s, *k = a.k, *w = a.w, *right = a.right;
+  for (int64_t i = 0; i < r.rows; ++i) {
+    const T *g = r.products + i * r.stride, norm = r.radial ? r.x_norms[i] : T(0);
+    const T weight = r.x_weights[i], scale = r.x_scales[i];
+    if (r.radial) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        const T d2 = norm + y_norms[j] - 2 * g[j];
+        s[j] = d2 < 0 ? T(0) : d2;
+      }
+    } else {
+      std::copy(g, g + n, s);
+    }
+    const int64_t own = r.i + i - r.j;
+    const bool crossed = r.diagonal != MmdDiagonal::plain && own >= 0 && own < n;
+    const bool dropped = crossed && r.diagonal == MmdDiagonal::dropped;
+    if (crossed && r.radial) s[own] = 0;
+    std::fill(k, k + n, T(0));
+    std::fill(w, w + n, T(0));
+    std::copy(y_weights, y_weights + n, right);
+    if (dropped) right[own] = 0;
+    for (const Part<T>& part : r.parts) {
+      T by[2] = {};
+      if (r.derive) {
+        evaluate<true>(part, n, a, by);
+        r.derivatives[part.at] += double(scale) * by[0];
+        r.derivatives[part.at + part.K] += double(scale) * by[1];
+      } else {
+        evaluate<false>(part, n, a, by);
+      }
+    }
+    if (dropped) k[own] = 0;
+    if (dropped || (crossed && r.radial)) w[own] = 0;
+    T potential = 0, slope = 0;
+#pragma omp simd reduction(+ : potential)
+    for (int64_t j = 0; j < n; ++j) {
+      potential += k[j] * right[j];
+      y_potentials[j] += k[j] * weight;
+    }
+    r.x_potentials[i] += potential;
+    if (!weights) continue;
+    Out* out = weights + i * weight_stride;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) from_float(w[j] * scale * right[j], out[j]);
+#pragma omp simd reduction(+ : slope)
+    for (int64_t j = 0; j < n; ++j) {
+      slope += to_float(out[j]);
+      y_slopes[j] += to_float(out[j]);
+    }
+    r.x_slopes[i] += slope;
+  }
+}
+
+}  // namespace
+}  // namespace fastxm

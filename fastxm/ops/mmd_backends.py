@@ -1,0 +1,107 @@
+"""Which backend visits the pairs of an MMD, and one problem or many small ones by it."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastxm.ops import dispatch, gemm, mmd_triton
+from fastxm.ops.mmd_pairs import Term
+from fastxm.ops.mmd_problems import many, ranges
+from fastxm.ops.mmd_rows import Function, Rows, finish, samples
+from fastxm.ops.mmd_tiles import Maker, native, plain, visit
+
+MAKERS: dict[str, Maker] = {"reference": plain, "cpu": native, "triton": mmd_triton.fused}
+TILE = {"reference": 2048, "cpu": 512, "triton": mmd_triton.TILE}
+SMALL = 256  # rows of a problem that one thread of a CPU takes alone
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def backend(a: Tensor) -> str:
+    """The C++ tiles on a CPU, Triton's on a GPU, but float64 by the formula's; a: of the width."""
+    float64 = a.dtype == torch.float64
+    offered = [name for name in MAKERS if not (name == "triton" and float64)]
+    auto = "cpu" if a.device.type == "cpu" else "reference"
+    if a.is_cuda and "triton" in offered and not dispatch.missing("triton"):
+        auto = "triton"
+    return dispatch.choose("mmd", a.device, auto, offered)
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    parameters: Tensor,
+    x_starts: Tensor | None,
+    y_starts: Tensor | None,
+    terms: list[Term],
+    drop_self: bool,
+    drop_paired: bool,
+    precision: str,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """What `mmd_sums._fwd` returns."""
+    name, options = backend(a), (terms, drop_self, drop_paired, precision, wanted)
+    if x_starts is None or y_starts is None:
+        return one(x, y, a, b, c, parameters, name, *options)
+    x_places, y_places = ranges(x_starts, len(x)), ranges(y_starts, len(y))
+    longest = max((p.stop - p.start for p in (*x_places, *y_places)), default=0)
+    if name == "cpu" and longest <= SMALL:
+        given = (Function(terms, parameters), x, y, a, b, c, x_starts, y_starts)
+        return many(*given, (drop_self, drop_paired), wanted)  # type: ignore[return-value]
+    found = [one(x[i], y[j], a[i], b[j], c[g : g + 1], parameters, name, *options)
+             for g, (i, j) in enumerate(zip(x_places, y_places))]  # fmt: skip
+    return tuple(map(torch.cat, zip(*found)))  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
+    """Whether the vendor's products of float32 on a GPU may be of TF32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def one(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    parameters: Tensor,
+    name: str,
+    terms: list[Term],
+    drop_self: bool,
+    drop_paired: bool,
+    precision: str,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """One problem, by tiles."""
+    radial, make, tile = terms[0].radial, MAKERS[name], TILE[name]
+    half = precision == "bfloat16" and (name != "cpu" or torch.bfloat16 in gemm.PACKED)
+    derivatives = c.new_zeros(len(parameters))
+    function = Function(terms, parameters, derivatives if wanted[2] else None, precision)
+    with _tf32(x.device, precision == "tf32"):
+        of_x, of_y = samples(x, y, a, b, radial, half, None)
+        packed = name == "cpu"
+        xs = Rows.make(of_x[0], of_x[2], a, wanted[0], packed)
+        ys = Rows.make(of_y[0], of_y[2], b, wanted[1], packed)
+        p, _ = visit(function, xs, xs, 2 * c[0, 0], drop_self, make, tile)
+        r, _ = visit(function, ys, ys, 2 * c[0, 1], drop_self, make, tile)
+        q, t = visit(function, xs, ys, c[0, 2], drop_paired, make, tile)
+    sums = torch.stack([_dot(u, v) for u, v in ((a, p), (b, r), (a, q))])
+    da, db = 2 * c[0, 0] * p + c[0, 2] * q, 2 * c[0, 1] * r + c[0, 2] * t
+    return ((c[0] * sums).sum()[None].to(a.dtype), finish(xs, of_x[1], radial),
+            finish(ys, of_y[1], radial), da.to(a.dtype), db.to(b.dtype), sums[None],
+            derivatives[None])  # fmt: skip
+
+
+def _dot(u: Tensor, v: Tensor) -> Tensor:
+    return (u.double() * v.double()).sum()

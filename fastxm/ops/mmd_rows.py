@@ -1,0 +1,118 @@
+"""What a visit of tiles reads and adds to: the kernel, the rows of a sample, room for a tile."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastxm.ops import gemm
+from fastxm.ops.mmd_pairs import Term
+
+
+@dataclass
+class Function:
+    """A kernel, or a sum of kernels all radial or none, as mmd_pairs states it."""
+
+    terms: list[Term]
+    parameters: Tensor  # [P], of all terms
+    derivatives: Tensor | None = None  # [P], float64, added to if given
+    precision: str = "float32"  # of products (see mmd2)
+    kinds: Tensor = field(init=False)  # [terms, 3]: kind, degree, K
+
+    def __post_init__(self) -> None:
+        self.parameters = self.parameters.contiguous()
+        self.kinds = torch.tensor([[*term] for term in self.terms])
+
+    @property
+    def radial(self) -> bool:
+        return self.terms[0].radial
+
+    def numbers(self) -> list[int]:
+        """MmdKernel of csrc/cpu/mmd.h."""
+        p = self.parameters
+        wide = p.dtype == torch.float64
+        return [wide, len(self.terms), len(p), self.kinds.data_ptr(), p.data_ptr()]
+
+
+@dataclass
+class Rows:
+    """One sample, or a range of its rows, and what a visit adds to it."""
+
+    z: Tensor  # [N, D], what products are taken of
+    panels: Tensor | None  # z packed (see gemm), for a CPU
+    norms: Tensor  # [N], squared, of z
+    weight: Tensor  # [N]
+    scale: Tensor  # [N], weight times the coefficient of the visit
+    potential: Tensor  # [N]
+    slopes: Tensor  # [N], sums of w
+    other: Tensor  # [N, D], what gradients of the other sample are products of
+    gradient: Tensor | None  # [N, D], if wanted
+
+    @classmethod
+    def make(cls, z: Tensor, other: Tensor, weight: Tensor, gradient: bool, packed: bool) -> "Rows":
+        zeros = torch.zeros_like(weight)
+        dz = torch.zeros_like(other, dtype=weight.dtype) if gradient else None
+        panels = gemm.pack(z) if packed else None
+        norms = torch.cat([t.to(weight.dtype).square().sum(1) for t in z.split(1024)])
+        return cls(z, panels, norms, weight, weight, zeros, torch.zeros_like(weight), other, dz)
+
+    def begin(self, coefficient: Tensor) -> "Rows":
+        scale, potential = coefficient * self.weight, torch.zeros_like(self.weight)
+        return replace(self, scale=scale.to(self.weight.dtype), potential=potential)
+
+    def part(self, start: int, size: int) -> "Rows":
+        some = slice(start, start + size)
+        gradient = None if self.gradient is None else self.gradient[some]
+        panels = None if self.panels is None else self.panels[start * self.z.shape[1] :]
+        return Rows(self.z[some], panels, self.norms[some], self.weight[some], self.scale[some],
+                    self.potential[some], self.slopes[some], self.other[some],
+                    gradient)  # fmt: skip
+
+
+@dataclass
+class Room:
+    """Places for the products and for the weights of any tile, which may be the same."""
+
+    products: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, x: Rows, y: Rows, tile: int) -> "Room":
+        size = min(tile, len(x.z)) * min(tile, len(y.z))
+        products = x.weight.new_empty(size)
+        # weights of halves are halves, and the products of float32 are done with
+        weights = products if x.other.dtype == x.weight.dtype else x.other.new_empty(size)
+        return cls(products, weights)
+
+    def tile(self, n: int, m: int) -> tuple[Tensor, Tensor]:
+        return self.products[: n * m].view(n, m), self.weights[: n * m].view(n, m)
+
+
+def samples(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, radial: bool, half: bool, centre: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Of x and of y: what products are taken of, the centred rows, and these for gradients.
+
+    Distances do not change with the origin, and lose less to rounding around the mean of all rows.
+    Rows that come as halves are exact, and so are their products: they stay as they are, and
+    only in the gradients, which are sums of w (y - x), are differences from the mean rounded.
+    """
+    if radial and centre is None:
+        sums = x.sum(0, dtype=a.dtype) + y.sum(0, dtype=a.dtype)
+        centre = sums / (len(x) + len(y))
+    exact = [z.to(a.dtype) if centre is None else z.to(a.dtype) - centre for z in (x, y)]
+    exact = [z.contiguous() for z in exact]
+    if not half:
+        return (exact[0],) * 3, (exact[1],) * 3
+    rounded = [z.to(torch.bfloat16) for z in exact]
+    given = x.dtype == y.dtype == torch.bfloat16
+    products = gemm.operands(*((x, y) if given else rounded))
+    return (products[0], exact[0], rounded[0]), (products[1], exact[1], rounded[1])
+
+
+def finish(rows: Rows, exact: Tensor, radial: bool) -> Tensor:
+    """The gradient of rows, or an empty tensor where it is not wanted."""
+    if rows.gradient is None:
+        return exact.new_empty(0)
+    gradient = rows.gradient
+    return gradient.addcmul_(rows.slopes[:, None], exact, value=-1) if radial else gradient
