@@ -109,13 +109,13 @@ def test_size_and_origin_are_other_caches(tmp_path):
 
 
 SLOW = """
-import sys, time
+import os, sys, time
 import numpy as np
 from fastxm.data import pictures
 from fastxm.data.pictures import Picture, Source, rendered
 pictures.FEW = 0
 def read(path, size):
-    print("reading", flush=True)
+    os.write(1, b"reading\\n")  # at once: two processes write
     time.sleep(0.05)
     return np.zeros((size, size, 3), np.uint8)
 all = [Picture(f"{i:03}", str(i), ["x"], str(i), "train") for i in range(2000)]
