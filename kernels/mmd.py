@@ -127,7 +127,7 @@ def _config(n: int, m: int, d: int, warps: int, stages: int) -> triton.Config:
 
 
 # of halves, and of float32
-HALF, FULL = _config(64, 128, 64, 8, 3), _config(64, 64, 32, 8, 3)
+HALF, FULL = _config(64, 64, 64, 8, 3), _config(64, 64, 32, 8, 3)
 TINY = _config(32, 32, 32, 4, 1)
 
 
