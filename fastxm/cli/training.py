@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,23 +28,18 @@ SYSTEMS = {
     "stream": ("STREAMRecipe", "STREAMTraining", "cpu-demo"),
     "selfsup": ("", "SelfSupTraining", "cpu-demo"),
 }
-STAGES = ("damsm", "stream")  # of MirrorGAN, before its own
 
 
 def train(arguments: list[str]) -> None:
     """Train a system: xmcgan, mirrorgan (its stages: damsm, stream), selfsup, lafite, vdl,
     dual-encoder."""
-    systems = [*SYSTEMS, "dual-encoder"]
+    systems = ", ".join(TRAIN)
     if not arguments or arguments[0] in ("-h", "--help"):
-        say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {', '.join(systems)}")
-    elif arguments[0] == "dual-encoder":
-        train_dual_encoder(arguments[1:])
-    elif arguments[0] == "selfsup":
-        train_selfsup(arguments[1:])
-    elif arguments[0] in SYSTEMS:
-        train_system(arguments[0], arguments[1:])
+        say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {systems}")
+    elif arguments[0] in TRAIN:
+        TRAIN[arguments[0]](arguments[1:])
     else:
-        raise ValueError(f"no system {arguments[0]!r} to train: there are {', '.join(systems)}")
+        raise ValueError(f"no system {arguments[0]!r} to train: there are {systems}")
 
 
 def classes(system: str) -> tuple[Any, Any]:
@@ -72,19 +69,17 @@ def train_system(system: str, arguments: list[str]) -> "Run":
     default = Arguments(configs.construct(training, values, where), preset, out)
     flat = (tyro.conf.OmitArgPrefixes,)
     asked = parse(Arguments, f"train {system}", arguments, default=default, config=flat)
-    config, made, halted = asked.config, recipe(asked.config), None
     if system == "mirrorgan":
-        made.stages = asked.out
-        halted = after_stages(config, asked.out, asked.resume)
-    run = halted or loop(made, asked.out, config.loop, resume=asked.resume)
+        from fastxm.training.mirrorgan import train_mirrorgan
+
+        run = train_mirrorgan(asked.config, asked.out, resume=asked.resume, tell=say)
+    else:
+        from fastxm.training import trainer
+
+        made = recipe(asked.config)
+        run = trainer.train(made, asked.out, asked.config.loop, resume=asked.resume)
     finish(run, asked.out)
     return run
-
-
-def loop(*arguments: Any, **options: Any) -> "Run":
-    from fastxm.training.trainer import train
-
-    return train(*arguments, **options)
 
 
 def base(system: str, arguments: list[str]) -> tuple[dict[str, Any], str, Path, str]:
@@ -105,54 +100,6 @@ def base(system: str, arguments: list[str]) -> tuple[dict[str, Any], str, Path, 
     if known.resume and not known.preset:
         return configs.read(out / "config.yaml", system), preset, out, str(out / "config.yaml")
     return values, preset, out, where
-
-
-def after_stages(config: Any, out: Path, resume: bool) -> "Run | None":
-    """Trains the stages of MirrorGAN that no run is given of, each in a directory inside `out`.
-
-    A stage that was stopped goes on, one that has ended is used as it is.
-
-    Returns:
-        the stage's run that a signal ended, if any.
-    """
-    from fastxm.models.pretrained import find_model
-    from fastxm.training.trainer import is_fresh
-
-    if not resume:
-        is_fresh(out)
-    for path in filter(None, (getattr(config, stage) for stage in STAGES)):
-        find_model(path)
-    if not (out / "config.yaml").exists():
-        configs.write(out / "config.yaml", "mirrorgan", config)  # to resume from, in any stage
-    for stage in STAGES:
-        if getattr(config, stage):
-            continue
-        recipe, training = classes(stage)
-        folder = out / stage
-        values, where = configs.preset(stage, config.stages), f"preset {config.stages}"
-        if (folder / "config.yaml").exists():
-            where = str(folder / "config.yaml")
-            values = configs.read(folder / "config.yaml", stage)
-        asked = {"data": config.data, "device": config.device}
-        size = config.model.image_size
-        made = configs.construct(training, {**values, **asked, "image_size": size}, where)
-        if ended(folder, made.loop):
-            say(f"{stage}: {folder} has ended, and is used as it is")
-        else:
-            say(f"{stage}: training in {folder}")
-            run = loop(recipe(made), folder, made.loop, resume=True)
-            if run.interrupted:
-                return run
-    return None
-
-
-def ended(folder: Path, loop: Any) -> bool:
-    """Whether a run has done all its steps and left its model."""
-    from fastxm.training import checkpoint
-
-    kept = checkpoint.steps(folder / "checkpoints")
-    steps = int(kept[-1].name.removeprefix(checkpoint.PREFIX)) if kept else 0
-    return steps >= loop.steps and (folder / "model" / "config.json").is_file()
 
 
 def train_selfsup(arguments: list[str]) -> "list[Run]":
@@ -226,3 +173,11 @@ def train_dual_encoder(arguments: list[str]) -> None:
     model.save_pretrained(asked.out / "model")
     said = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
     say(f"held-out concepts:  {said or 'none'}", f"model:              {asked.out / 'model'}")
+
+
+# what `fastxm train SYSTEM` calls with the arguments after it
+TRAIN: dict[str, Callable[[list[str]], object]] = {
+    **{system: partial(train_system, system) for system in SYSTEMS},
+    "selfsup": train_selfsup,
+    "dual-encoder": train_dual_encoder,
+}

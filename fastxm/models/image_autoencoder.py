@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastxm.encoders.frozen import Looks
 from fastxm.models.pretrained import Pretrained
 from fastxm.nn.mlp import Standardise
+from fastxm.nn.outputs import to_picture
 from fastxm.nn.stackgan import (
     ConditioningAugmentation,
     FirstStage,
@@ -25,6 +26,7 @@ from fastxm.nn.stackgan import (
     gated,
     gated_up,
     orthogonal_,
+    tiled,
 )
 
 SIZES = (64, 128, 256)
@@ -96,8 +98,7 @@ class NextStage(nn.Module):
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         """[B, C, H, W] and [B, code] -> [B, C / 2, 2 H, 2 W]."""
-        tiled = code.to(x.dtype)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        return self.up(self.residuals(self.join(torch.cat([tiled, x], 1))))
+        return self.up(self.residuals(self.join(torch.cat([tiled(code, x), x], 1))))
 
 
 class ImageDecoder(nn.Module):
@@ -125,15 +126,11 @@ class ImageDecoder(nn.Module):
             code: [B, code].
         """
         x = self.first(torch.cat([code, z], 1))
-        images = [self.picture(0, x)]
-        for i, stage in enumerate(self.stages):
+        maps = [x]
+        for stage in self.stages:
             x = stage(x, code)
-            images.append(self.picture(i + 1, x))
-        return images
-
-    def picture(self, stage: int, x: Tensor) -> Tensor:
-        rgb = self.to_rgb[stage](x)
-        return (torch.tanh(rgb.to(torch.promote_types(rgb.dtype, torch.float32))) + 1) / 2
+            maps.append(x)
+        return [to_picture(rgb(x)) for rgb, x in zip(self.to_rgb, maps)]
 
 
 class ImageAutoencoder(Looks, Pretrained):

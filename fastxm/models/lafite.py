@@ -25,6 +25,7 @@ from typing_extensions import Self
 from fastxm.models.pretrained import Pretrained
 from fastxm.models.text_to_image import TextToImage
 from fastxm.nn.directions import NOISES, Gaussian, Heads
+from fastxm.nn.outputs import at_least_float
 from fastxm.nn.stylegan import (
     EqualConv2d,
     EqualLinear,
@@ -198,7 +199,7 @@ class Block(nn.Module):
             x = self.up(x, ws[0], text, noise)
         x = self.conv(x, ws[self.layers - 1], text, noise)
         colours = self.to_rgb(x, ws[self.layers], text)
-        colours = colours.to(torch.promote_types(colours.dtype, torch.float32))
+        colours = at_least_float(colours)
         return x, colours if rgb is None else upsample(rgb) + colours
 
 
@@ -320,7 +321,7 @@ class Discriminator(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.conv(with_deviation(x))
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = at_least_float(x)
         with torch.autocast(x.device.type, enabled=False):
             x = self.hidden(x.flatten(1))
             realness, semantic = self.realness(x).squeeze(1), self.semantic(x)

@@ -17,9 +17,9 @@ each place with the mask of another caption.)
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,7 +29,17 @@ from torch.nn import functional as F
 from fastxm.encoders.damsm import DAMSM, DAMSMConfig
 from fastxm.models.stream import STREAM, STREAMConfig
 from fastxm.models.text_to_image import TextToImage
-from fastxm.nn.blocks import Conv2d
+from fastxm.nn.outputs import at_least_float, to_picture
+from fastxm.nn.stackgan import (
+    ConditioningAugmentation,
+    FirstStage,
+    GatedResidual,
+    JointFeatures,
+    conv3x3,
+    draw,
+    gated_up,
+    orthogonal_,
+)
 
 STAGES = 3
 
@@ -100,48 +110,6 @@ class MirrorGANConfig:
             )
 
 
-def convolution(c_in: int, c_out: int, *, up: str = "") -> Conv2d:
-    return Conv2d(c_in, c_out, 3, up=up, bias=False)
-
-
-class GatedUp(nn.Sequential):
-    """[B, c_in, H, W] -> [B, c_out, 2 H, 2 W]: double, convolve, normalise, gate."""
-
-    def __init__(self, c_in: int, c_out: int, up: str) -> None:
-        conv = convolution(c_in, 2 * c_out, up=up)
-        super().__init__(conv, nn.BatchNorm2d(2 * c_out), nn.GLU(1))
-
-
-class Residual(nn.Module):
-    """Two convolutions, the first gated; added to the input, and nothing after."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block = nn.Sequential(
-            convolution(channels, 2 * channels),
-            nn.BatchNorm2d(2 * channels),
-            nn.GLU(1),
-            convolution(channels, channels),
-            nn.BatchNorm2d(channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x)
-
-
-class ConditioningAugmentation(nn.Module):
-    """The sentence as a sample of a normal distribution that it decides."""
-
-    def __init__(self, text_width: int, cond_dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(text_width, 4 * cond_dim)
-
-    def forward(self, sentence: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample, mean and log variance, [B, cond_dim] each; noise is standard normal, as wide."""
-        mean, log_var = F.glu(self.linear(sentence)).float().chunk(2, 1)
-        return mean + (0.5 * log_var).exp() * noise, mean, log_var
-
-
 class GlobalLocalAttention(nn.Module):
     """What each place of a map makes of the words and of the sentence.
 
@@ -186,21 +154,14 @@ def present(words: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(words.shape[1], device=words.device) < lengths[:, None]
 
 
-class FirstStage(nn.Module):
-    """Noise and sentence to the first map."""
-
-    def __init__(self, features: int, channels: int, size: int, up: str) -> None:
-        super().__init__()
-        doublings = int(math.log2(size // 4))
-        widths = [channels << k for k in range(doublings, -1, -1)]
-        self.linear = nn.Linear(features, 2 * 16 * widths[0], bias=False)
-        self.norm = nn.BatchNorm1d(2 * 16 * widths[0])
-        self.ups = nn.Sequential(*(GatedUp(a, b, up) for a, b in pairwise(widths)))
-
-    def forward(self, features: Tensor) -> Tensor:
-        x = F.glu(self.norm(self.linear(features)))
-        x = x.view(len(x), -1, 4, 4).contiguous(memory_format=torch.channels_last)
-        return self.ups(x)
+def first_stage(width: int, channels: int, size: int, up: str) -> nn.Sequential:
+    """Noise and sentence [B, width] to the first map [B, channels, size, size]."""
+    stage = FirstStage(width, channels, int(math.log2(size // 4)), up)
+    linear, norm, gate = stage.linear
+    square = nn.Unflatten(1, (-1, 4, 4))
+    # flat, as saved models name its weights
+    parts = {"linear": linear, "norm": norm, "gate": gate, "square": square, "ups": stage.up}
+    return nn.Sequential(OrderedDict(parts))
 
 
 class NextStage(nn.Module):
@@ -211,8 +172,8 @@ class NextStage(nn.Module):
         c = config.gf
         self.attention = GlobalLocalAttention(c, text_width, config.cond_dim)
         self.join = nn.Conv2d(3 * c, 2 * c, 1, bias=False)
-        self.blocks = nn.Sequential(*(Residual(2 * c) for _ in range(config.blocks)))
-        self.up = GatedUp(2 * c, c, config.upsampling)
+        self.blocks = nn.Sequential(*(GatedResidual(2 * c) for _ in range(config.blocks)))
+        self.up = gated_up(2 * c, c, config.upsampling)
 
     def forward(self, x: Tensor, words: Tensor, lengths: Tensor, condition: Tensor) -> Tensor:
         attended = self.attention(x, words, lengths, condition)
@@ -244,10 +205,10 @@ class Generator(nn.Module):
         self.config = config
         self.augmentation = ConditioningAugmentation(text_width, config.cond_dim)
         features = config.cond_dim + config.z_dim
-        self.first = FirstStage(features, config.gf, config.sizes[0], config.upsampling)
+        self.first = first_stage(features, config.gf, config.sizes[0], config.upsampling)
         self.next = nn.ModuleList(NextStage(config, text_width) for _ in range(STAGES - 1))
-        self.to_rgb = nn.ModuleList(convolution(config.gf, 3) for _ in range(STAGES))
-        initialise(self)
+        self.to_rgb = nn.ModuleList(conv3x3(config.gf, 3) for _ in range(STAGES))
+        orthogonal_(self)
 
     def forward(self, noise: Tensor, words: Tensor, sentence: Tensor, lengths: Tensor) -> Drawn:
         """Pictures of the texts.
@@ -260,17 +221,17 @@ class Generator(nn.Module):
         """
         words, sentence = (scaled(text, self.config.text_scale) for text in (words, sentence))
         z, e = noise.split([self.config.z_dim, self.config.cond_dim], 1)
-        condition, mean, log_var = self.augmentation(sentence, e)
+        mean, log_var = map(at_least_float, self.augmentation(sentence))
+        condition = draw(mean, log_var, e)
         x = self.first(torch.cat([condition, z], 1))
         maps = [x]
         for stage in self.next:
             x = stage(x, words, lengths, condition)
             maps.append(x)
-        rgb = (draw(x) for draw, x in zip(self.to_rgb, maps))
-        return Drawn([(torch.tanh(at_least_float(x)) + 1) / 2 for x in rgb], mean, log_var)
+        return Drawn([to_picture(rgb(x)) for rgb, x in zip(self.to_rgb, maps)], mean, log_var)
 
 
-class Discriminator(nn.Module):
+class Discriminator(JointFeatures):
     """Pictures of one size to logits: alone, and beside a sentence.
 
     Args:
@@ -281,22 +242,12 @@ class Discriminator(nn.Module):
     """
 
     def __init__(self, df: int, size: int, text_width: int, text_scale: str = "raw") -> None:
-        super().__init__()
+        super().__init__(size, df, text_width)
         self.text_scale = text_scale
-        halvings = int(math.log2(size // 4))
-        widths = [df << k for k in range(halvings)]
-        layers: list[nn.Module] = [nn.Conv2d(3, df, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
-        for a, b in pairwise(widths):
-            layers += judged(nn.Conv2d(a, b, 4, 2, 1, bias=False))
-        last = min(widths[-1], 8 * df)
-        while widths[-1] > last:
-            layers += judged(convolution(widths[-1], widths[-1] // 2))
-            widths.append(widths[-1] // 2)
-        self.trunk = nn.Sequential(*layers)
-        self.joint = nn.Sequential(*judged(convolution(last + text_width, last)))
-        self.alone = nn.Conv2d(last, 1, 4)
-        self.matched = nn.Conv2d(last, 1, 4)
-        initialise(self)
+        self.alone = self.head()
+        self.matched = self.head()
+        # the released code leaves the heads' biases as they come
+        orthogonal_(self, zeroed=(nn.Linear,))
 
     def forward(self, images: Tensor, *sentences: Tensor) -> list[Tensor]:
         """How real pictures are: first alone, then beside each of the sentences.
@@ -308,38 +259,17 @@ class Discriminator(nn.Module):
         Returns:
             logits [B] each, at least float32.
         """
-        features = self.trunk(2 * images - 1)  # [B, 8 df or fewer, 4, 4]
+        features = self.features(images)
         logits = [self.alone(features)]
         for sentence in sentences:
-            sentence = scaled(sentence, self.text_scale).to(features.dtype)
-            everywhere = sentence[:, :, None, None].expand(-1, -1, 4, 4)
-            logits.append(self.matched(self.joint(torch.cat([features, everywhere], 1))))
+            sentence = scaled(sentence, self.text_scale)
+            logits.append(self.matched(self.beside(features, sentence)))
         return [at_least_float(logit).flatten() for logit in logits]
 
 
 def scaled(text: Tensor, scale: str) -> Tensor:
     """Features [..., E] as they are, or with a mean square of 1; zeros stay zeros."""
     return text if scale == "raw" else F.normalize(text, dim=-1) * math.sqrt(text.shape[-1])
-
-
-def judged(conv: nn.Conv2d) -> list[nn.Module]:
-    return [conv, nn.BatchNorm2d(conv.out_channels), nn.LeakyReLU(0.2)]
-
-
-def initialise(network: nn.Module) -> None:
-    """Orthogonal kernels, and normalisations about 1, as the released code has them."""
-    for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(module.weight)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.normal_(module.weight, 1.0, 0.02)
-            nn.init.zeros_(module.bias)
-
-
-def at_least_float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class MirrorGAN(TextToImage):

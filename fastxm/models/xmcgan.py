@@ -38,6 +38,7 @@ from fastxm.nn import (
 )
 from fastxm.nn.blocks import Condition, Conv2d
 from fastxm.nn.init import glorot_normal_
+from fastxm.nn.outputs import at_least_float, to_picture
 
 UP = {64: (16, 8, 4, 2), 128: (16, 8, 4, 2, 1), 256: (16, 8, 8, 4, 2, 1)}
 DOWN = {64: (1, 2, 4, 8, 16), 128: (1, 2, 4, 8, 16, 16), 256: (1, 2, 4, 8, 8, 16, 16)}
@@ -162,7 +163,7 @@ class Generator(nn.Module):
         for i, block in enumerate(self.blocks[GLOBAL_BLOCKS:]):
             x = block(x, sources[2 * i], sources[2 * i + 1], update_stats)
         x = self.to_rgb(self.norm(x, *sources[-1](x), update_stats))
-        return (torch.tanh(at_least_float(x)) + 1) / 2
+        return to_picture(x)
 
     def local_sources(
         self, x: Tensor, words: Tensor, lengths: Tensor, condition: Tensor
@@ -247,10 +248,6 @@ class Discriminator(nn.Module):
         matched = (pooled.unflatten(0, (-1, len(e))) * e).sum(2).flatten()
         logits = at_least_float(self.logit(pooled)).squeeze(1) + matched
         return DiscriminatorOutput(logits, pooled, regions, e)
-
-
-def at_least_float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class XMCGAN(TextToImage):

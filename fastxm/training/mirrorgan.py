@@ -14,8 +14,9 @@ term is AttnGAN's, weight 0 in MirrorGAN.)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +31,22 @@ from fastxm.encoders.frozen import fingerprint
 from fastxm.models.mirrorgan import Drawn, GLAMConfig, MirrorGAN, MirrorGANConfig
 from fastxm.models.pretrained import find_model
 from fastxm.models.stream import STREAM
+from fastxm.training import config as configs
 from fastxm.training.batches import Batch
 from fastxm.training.captions import concepts
+from fastxm.training.damsm import DAMSMRecipe, DAMSMTraining
 from fastxm.training.gan import GANRecipe, gradients
 from fastxm.training.precision import Precision, autocast, seed_all
 from fastxm.training.recipe import Samples, State
-from fastxm.training.trainer import LoopConfig
+from fastxm.training.stages import Stage, train_stages
+from fastxm.training.stream import STREAMRecipe, STREAMTraining
+from fastxm.training.trainer import LoopConfig, Run, is_fresh, train
+
+# the stages before: recipe and configuration
+BEFORE: dict[str, tuple[Any, Any]] = {
+    "damsm": (DAMSMRecipe, DAMSMTraining),
+    "stream": (STREAMRecipe, STREAMTraining),
+}
 
 
 @dataclass(frozen=True)
@@ -283,3 +294,63 @@ def numbered(dataset: CaptionedImages, vocabulary: Vocabulary, words: int) -> To
             "them on the same data"
         )
     return Tokens(dataset, vocabulary, words)
+
+
+def stages_before(config: MirrorGANTraining, out: Path) -> list[Stage]:
+    """The stages that no run is given of; one that has begun in `out` keeps its configuration."""
+    asked = {"data": config.data, "device": config.device, "image_size": config.model.image_size}
+    stages = []
+    for name, (recipe, training) in BEFORE.items():
+        if getattr(config, name):
+            continue
+        values, where = configs.preset(name, config.stages), f"preset {config.stages}"
+        begun = out / name / "config.yaml"
+        if begun.exists():
+            values, where = configs.read(begun, name), str(begun)
+        made = configs.construct(training, {**values, **asked}, where)
+        stages.append(Stage(name, partial(recipe, made), made.loop))
+    return stages
+
+
+def train_mirrorgan(
+    config: MirrorGANTraining,
+    out: Path,
+    *,
+    resume: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+) -> Run:
+    """Trains MirrorGAN, and first the stages before it, each in a directory inside `out`.
+
+    A stage that was stopped goes on, one that has ended is used as it is.
+
+    Args:
+        config: of the training.
+        out: the run's directory.
+        resume: as of `train`.
+        tell: is given a line about each stage.
+
+    Returns:
+        the run, or that of the stage that a signal ended.
+
+    Raises:
+        FileNotFoundError: a run that the configuration names has no model.
+        ValueError: as `train_stages`.
+    """
+    recipe = MirrorGANRecipe(config)
+    recipe.stages = out
+    if not resume:
+        is_fresh(out)
+    for path in filter(None, (config.damsm, config.stream)):
+        find_model(path)
+    left = []
+    for stage in stages_before(config, out):
+        if stage.ended(out):
+            tell(f"{stage.name}: {out / stage.name} has ended, and is used as it is")
+        else:
+            left.append(stage)
+    if not (out / "config.yaml").exists():
+        configs.write(out / "config.yaml", recipe.system, config)  # to resume from, in any stage
+    runs = train_stages(left, out, resume=True, tell=tell)
+    if runs and runs[-1].interrupted:
+        return runs[-1]
+    return train(recipe, out, config.loop, resume=resume)

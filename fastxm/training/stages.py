@@ -23,6 +23,13 @@ class Stage:
     recipe: Callable[[], Recipe]
     loop: LoopConfig
 
+    def ended(self, out: Path) -> bool:
+        """Whether its run in `out` has done all its steps and left its model."""
+        kept = checkpoint.steps(out / self.name / "checkpoints")
+        steps = int(kept[-1].name.removeprefix(checkpoint.PREFIX)) if kept else 0
+        model = out / self.name / "model" / "config.json"
+        return steps >= self.loop.steps and model.is_file()
+
 
 def check(stages: Sequence[Stage], out: Path, *, resume: bool) -> None:
     """Raises ValueError where stages have begun in `out` that cannot go on as `train_stages` asks.
@@ -38,13 +45,20 @@ def check(stages: Sequence[Stage], out: Path, *, resume: bool) -> None:
             checkpoint.check(begun[-1], stage.recipe().identity())
 
 
-def train_stages(stages: Sequence[Stage], out: Path, *, resume: bool = False) -> list[Run]:
+def train_stages(
+    stages: Sequence[Stage],
+    out: Path,
+    *,
+    resume: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+) -> list[Run]:
     """Trains stages in order; with `resume` one that is done is left as it is, others go on.
 
     Args:
-        stages: at least one.
+        stages: in their order.
         out: the run's directory; each stage has a run in `out`/name.
         resume: as of `train`.
+        tell: is given a line when a stage begins.
 
     Returns:
         the runs, the last one interrupted if a signal came.
@@ -55,6 +69,7 @@ def train_stages(stages: Sequence[Stage], out: Path, *, resume: bool = False) ->
     check(stages, out, resume=resume)
     runs = []
     for stage in stages:
+        tell(f"{stage.name}: training in {out / stage.name}")
         runs.append(train(stage.recipe(), out / stage.name, stage.loop, resume=resume))
         if runs[-1].interrupted:
             break
