@@ -228,7 +228,7 @@ def measure(
             rows[name]["peak_mb"] = peak_memory(parts["forward_backward"], args.device)
             ready |= {(name, part): call for part, call in parts.items()}
         except NotImplementedError as error:
-            rows[name]["skipped"] = str(error)
+            rows[name]["skipped"] = str(error).split("\n")[0][:160]
         except Exception as error:  # reported in the table; the others go on
             rows[name]["error"] = describe(error)
         gc.collect()

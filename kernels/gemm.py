@@ -30,6 +30,25 @@ def multiply(a, b, M, N, D, a_m, a_d, b_d, b_n, PRECISION: tl.constexpr, BLOCK_M
     return products
 
 
+@triton.jit
+def row_products(x, y, i0, j0, N, M, D, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    # <x[i], y[j]> from i0 and j0; past the end the last row comes again, for callers to leave out
+    d = tl.arange(0, BLOCK_D)
+    p_at = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - i0)[:, None] * D + d[None, :]
+    q_at = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - j0)[None, :] * D + d[:, None]
+    x += tl.cast(i0, tl.int64) * D
+    y += tl.cast(j0, tl.int64) * D
+    products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        p = tl.load(x + p_at, (d < D - start)[None, :], other=0.0)
+        q = tl.load(y + q_at, (d < D - start)[:, None], other=0.0)
+        products = tl.dot(p, q, products, input_precision=PRECISION)
+        x += BLOCK_D
+        y += BLOCK_D
+    return products
+
+
 @triton.jit(do_not_specialize=["tuned_for"])
 def _product_kernel(a, b, out, count, M, N, D, a_batch, a_m, a_d, b_batch, b_d, b_n, out_batch,
                     out_m, tuned_for, COUNTED: tl.constexpr, PRECISION: tl.constexpr,

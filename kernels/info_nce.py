@@ -15,26 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from .gemm import row_products
+
 NOTHING = tl.constexpr(-1e30)  # the logit of a pair that is left out: below every other
-
-
-@triton.jit
-def _products(x, y, i0, j0, N, M, D, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    # <x[i], y[j]> from i0 and j0; past the end the last row comes again, for callers to leave out
-    d = tl.arange(0, BLOCK_D)
-    p_at = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - i0)[:, None] * D + d[None, :]
-    q_at = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - j0)[None, :] * D + d[:, None]
-    x += tl.cast(i0, tl.int64) * D
-    y += tl.cast(j0, tl.int64) * D
-    products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        p = tl.load(x + p_at, (d < D - start)[None, :], other=0.0)
-        q = tl.load(y + q_at, (d < D - start)[:, None], other=0.0)
-        products = tl.dot(p, q, products, input_precision=PRECISION)
-        x += BLOCK_D
-        y += BLOCK_D
-    return products
 
 
 @triton.jit
@@ -90,7 +73,7 @@ def _stats_kernel(x, y, a, b, row_labels, labels, row, column, positive, N, M, D
     # row [.., parts, N], column [.., strips, M]: the next sum is a plane further
     row_plane, column_plane = tl.cast(parts, tl.int64) * N, tl.cast(strips, tl.int64) * M
     for start in range(piece * part, end, BLOCK_M):
-        products = _products(x, y, i0, start, N, M, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D)
+        products = row_products(x, y, i0, start, N, M, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D)
         for k in tl.static_range(2**HALVINGS):
             j0 = start + k * WIDTH
             j = j0 + tl.arange(0, WIDTH)
@@ -141,7 +124,7 @@ def _gradient_kernel(x, y, a, b, row_labels, labels, row, column, g, N, M, D, of
     group = tl.program_id(0) // (GROUP * tiles) * GROUP
     place, high = tl.program_id(0) % (GROUP * tiles), tl.minimum(strips - group, GROUP)
     i0, start = (group + place % high) * BLOCK_N, place // high * BLOCK_M
-    products = _products(x, y, i0, start, N, M, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D)
+    products = row_products(x, y, i0, start, N, M, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D)
     i = i0 + tl.arange(0, BLOCK_N)
     here = tl.minimum(i, N - 1)
     factor = tl.load(a + here)[:, None]

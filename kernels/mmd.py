@@ -15,24 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-
-@triton.jit
-def _products(x, y, i0, j0, N, M, D, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    # <x[i], y[j]> from i0 and j0; past the end the last row comes again, for callers to leave out
-    d = tl.arange(0, BLOCK_D)
-    p_at = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - i0)[:, None] * D + d[None, :]
-    q_at = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - j0)[None, :] * D + d[:, None]
-    x += tl.cast(i0, tl.int64) * D
-    y += tl.cast(j0, tl.int64) * D
-    products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        p = tl.load(x + p_at, (d < D - start)[None, :], other=0.0)
-        q = tl.load(y + q_at, (d < D - start)[:, None], other=0.0)
-        products = tl.dot(p, q, products, input_precision=PRECISION)
-        x += BLOCK_D
-        y += BLOCK_D
-    return products
+from .gemm import row_products
 
 
 @triton.jit
@@ -81,7 +64,7 @@ def _tile_kernel(x, y, x_norms, y_norms, a, b, scales, shapes, weights, row_sums
     i0 = tl.program_id(0) % blocks * BLOCK_N
     j0 = tl.program_id(0) // blocks * BLOCK_M
     i, j = i0 + tl.arange(0, BLOCK_N), j0 + tl.arange(0, BLOCK_M)
-    s = _products(x, y, i0, j0, N, M, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D)
+    s = row_products(x, y, i0, j0, N, M, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D)
     if RADIAL:
         norms = tl.load(x_norms + i, i < N, other=0.0)[:, None]
         norms = norms + tl.load(y_norms + j, j < M, other=0.0)[None, :]

@@ -40,13 +40,13 @@ def operands(*rows: Tensor) -> tuple[Tensor, ...]:
 def multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
     """out [.., N, M] = x [.., N, D] y [.., D, M], all matrices or all batches of them.
 
-    In the dtype of out: x's, or float32 of halves on a GPU.
+    In the dtype of out: x's, or float32 of halves, which a CPU widens first.
     """
     product = torch.mm if x.ndim == 2 else torch.bmm
-    if x.dtype == out.dtype:
-        product(x, y, out=out)
-    else:
+    if x.dtype != out.dtype and x.is_cuda:
         product(x, y, out_dtype=out.dtype, out=out)
+    else:
+        product(x.to(out.dtype), y.to(out.dtype), out=out)
 
 
 def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
