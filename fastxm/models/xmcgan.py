@@ -216,13 +216,15 @@ class Discriminator(nn.Module):
         self.sentence = SpectralLinear(config.text_width, widths[-1])
         self.logit = SpectralLinear(widths[-1], 1)
 
-    def forward(self, images: Tensor | Sequence[Tensor], sentence: Tensor) -> Any:
+    def forward(
+        self, images: Tensor | Sequence[Tensor], sentence: Tensor | Sequence[Tensor]
+    ) -> Any:
         """Judges pictures; call it once a step, for spectral norm's sake.
 
         Args:
             images: [N, 3, S, S] in [0, 1], N a whole multiple of B; or several such batches, judged
                 apart by the same weights: what is differentiated of one does not run through all.
-            sentence: [B, E], sentence features.
+            sentence: [B, E], sentence features; of several batches, those of all or of each.
 
         Returns:
             a DiscriminatorOutput; a list of them for several batches.
@@ -233,7 +235,8 @@ class Discriminator(nn.Module):
         with normalised_once(self):
             if isinstance(images, Tensor):
                 return self.judge(images, sentence)
-            return [self.judge(group, sentence) for group in images]
+            each = [sentence] * len(images) if isinstance(sentence, Tensor) else sentence
+            return [self.judge(group, given) for group, given in zip(images, each, strict=True)]
 
     def judge(self, images: Tensor, sentence: Tensor) -> DiscriminatorOutput:
         if len(images) % len(sentence):

@@ -40,6 +40,8 @@ class XMCGANTraining:
     """Pictures in each of the updates of a step."""
     d_steps_per_g: int = 2
     """Updates of the discriminator in a step; the last is joint with the generator's."""
+    share_fakes: bool = False
+    """Let the discriminator's own updates judge the pictures of the joint one, drawn once a step."""
     lr_g: float = 1e-4
     """Adam's step of the generator."""
     lr_d: float = 4e-4
@@ -146,24 +148,34 @@ class XMCGANRecipe(GANRecipe):
     def step(self, batch: Batch) -> dict[str, Tensor]:
         self.warm_up(["discriminator"])
         *alone, joint = split(batch, self.config.d_steps_per_g)
+        fake = self.generate(joint, update_stats=True) if self.config.share_fakes else None
         for part in alone:
-            self.discriminator_step(part)
-        metrics = self.joint_step(joint)
+            self.discriminator_step(part, fake, joint)
+        metrics = self.joint_step(joint, fake)
         self.ema.update(self.model.generator)
         return metrics
 
-    def discriminator_step(self, batch: Batch) -> None:
-        """One update of the discriminator; the generator's running statistics do not move."""
-        with torch.no_grad():
-            fake = self.generate(batch, update_stats=False)
-        of_real, of_fake = self.judge(batch, fake)
+    def discriminator_step(
+        self, batch: Batch, fake: Tensor | None = None, of: Batch | None = None
+    ) -> None:
+        """One update of the discriminator; the generator's running statistics do not move.
+
+        Args:
+            batch: real pictures and their texts.
+            fake: pictures of the texts of another batch, `of`; None draws them of the batch's.
+        """
+        if fake is None or of is None:
+            with torch.no_grad():
+                fake, of = self.generate(batch, update_stats=False), batch
+        of_real, of_fake = self.judge(batch, fake.detach(), of)
         loss, _ = self.discriminator_loss(of_real, of_fake, batch)
         parameters = list(self.model.discriminator.parameters())
         self.update({"discriminator": gradients(self.scaler.scale(loss), parameters)})
 
-    def joint_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of both players from one forward of each."""
-        fake = self.generate(batch, update_stats=True)
+    def joint_step(self, batch: Batch, fake: Tensor | None = None) -> dict[str, Tensor]:
+        """One update of both players from one forward of each; draws `fake` if it is not given."""
+        if fake is None:
+            fake = self.generate(batch, update_stats=True)
         of_real, of_fake = self.judge(batch, fake)
         loss_d, of_d = self.discriminator_loss(of_real, of_fake, batch)
         loss_g, of_g = self.generator_loss(of_real, of_fake, batch, fake)
@@ -183,14 +195,16 @@ class XMCGANRecipe(GANRecipe):
         with autocast(self.config.precision, self.device):
             return self.generator(z, *self.text(batch), update_stats=update_stats)
 
-    def judge(self, batch: Batch, fake: Tensor) -> list[DiscriminatorOutput]:
-        """What the discriminator makes of the real pictures and of the generated ones."""
+    def judge(
+        self, batch: Batch, fake: Tensor, of: Batch | None = None
+    ) -> list[DiscriminatorOutput]:
+        """What it makes of the real pictures, and of those drawn of their texts or of another batch."""
         groups = [batch["image"], fake]
         if self.config.augment:
             groups = [augment(images, self.config.augment) for images in groups]
         groups = [images.contiguous(memory_format=torch.channels_last) for images in groups]
         with autocast(self.config.precision, self.device):
-            return self.discriminator(groups, batch["sentence"])
+            return self.discriminator(groups, [batch["sentence"], (of or batch)["sentence"]])
 
     def discriminator_loss(
         self, real: DiscriminatorOutput, fake: DiscriminatorOutput, batch: Batch

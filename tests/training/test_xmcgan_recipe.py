@@ -30,12 +30,17 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def batches(ours: xmcgan.XMCGANRecipe) -> list[dict]:
-    """The parts of the first batch, in the default dtype."""
+def first(ours: xmcgan.XMCGANRecipe) -> dict:
+    """The first batch, in the default dtype."""
     whole = next(iter(ours.batches))
     for name in ("image", "words", "sentence"):
         whole[name] = whole[name].to(torch.get_default_dtype())
-    return split(whole, ours.config.d_steps_per_g)
+    return whole
+
+
+def batches(ours: xmcgan.XMCGANRecipe) -> list[dict]:
+    """Its parts."""
+    return split(first(ours), ours.config.d_steps_per_g)
 
 
 def values(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -132,6 +137,34 @@ def test_the_joint_step_takes_both_gradients_before_either_update(folder, double
     same(ours.model.generator, expected.generator)
 
 
+def test_updates_that_share_their_fakes(folder, double):
+    ours = recipe(folder, d_steps_per_g=2, share_fakes=True)
+    ours.build()
+    whole = first(ours)
+    alone, joint = split(whole, 2)
+    expected = copy.deepcopy(ours.model)
+    optimizer = torch.optim.Adam(expected.discriminator.parameters(), 4e-4, (0.5, 0.999))
+    generator = expected.generator
+
+    state = torch.get_rng_state()
+    metrics = ours.step(whole)
+    torch.set_rng_state(state)
+
+    fake = generator(torch.randn(4, 4), joint["words"], joint["sentence"], joint["lengths"])
+    sentences = torch.cat([alone["sentence"], joint["sentence"]])
+    out = expected.discriminator(torch.cat([alone["image"], fake.detach()]), sentences)
+    real, drawn = out.logits.chunk(2)
+    d = F.relu(1 - real).mean() + F.relu(1 + drawn).mean()
+    d = d + word_contrast(out.regions[:4], alone["words"], alone["lengths"])
+    (d + contrast(out.pooled[:4], out.sentence[:4])).backward()
+    optimizer.step()
+    out = expected.discriminator(torch.cat([joint["image"], fake]), joint["sentence"])
+    d, g = losses(out, joint)
+    torch.testing.assert_close(metrics["loss_d"], d, check_dtype=False)
+    torch.testing.assert_close(metrics["loss_g"], g, check_dtype=False)
+    assert changed(ours.model.generator, values(generator))  # it was updated once, after all
+
+
 @pytest.mark.parametrize(("d_steps", "alone"), [(1, 0), (2, 1), (3, 2)])
 def test_the_schedule(folder, monkeypatch, d_steps, alone):
     ours = recipe(folder, d_steps_per_g=d_steps)
@@ -140,10 +173,10 @@ def test_the_schedule(folder, monkeypatch, d_steps, alone):
     for name in ("discriminator_step", "joint_step"):
         real = getattr(ours, name)
 
-        def noted(batch, name=name, real=real):
+        def noted(batch, *fakes, name=name, real=real):
             calls.append(name)
             indices.extend(batch["index"].tolist())
-            return real(batch)
+            return real(batch, *fakes)
 
         monkeypatch.setattr(ours, name, noted)
     batch = next(iter(ours.batches))
