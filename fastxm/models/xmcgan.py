@@ -233,10 +233,10 @@ class Discriminator(nn.Module):
             ValueError: N is no whole multiple of B.
         """
         with normalised_once(self):
-            if isinstance(images, Tensor):
-                return self.judge(images, sentence)
-            each = [sentence] * len(images) if isinstance(sentence, Tensor) else sentence
-            return [self.judge(group, given) for group, given in zip(images, each, strict=True)]
+            groups = [images] if isinstance(images, Tensor) else images
+            each = [sentence] * len(groups) if isinstance(sentence, Tensor) else sentence
+            judged = [self.judge(*pair) for pair in zip(groups, each, strict=True)]
+            return judged[0] if isinstance(images, Tensor) else judged
 
     def judge(self, images: Tensor, sentence: Tensor) -> DiscriminatorOutput:
         if len(images) % len(sentence):

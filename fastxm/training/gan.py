@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +16,62 @@ from fastxm.models.text_to_image import TextToImage
 from fastxm.nn import take_statistics
 from fastxm.training.batches import CaptionedBatches
 from fastxm.training.ema import EMA
-from fastxm.training.precision import autocast, check_precision, pick_device
+from fastxm.training.precision import Precision, autocast, check_precision, pick_device
 from fastxm.training.recipe import Player, Recipe, Samples, State
+from fastxm.training.trainer import LoopConfig
 
 STATISTICS = 64  # batches that the moving average's own statistics are taken over
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANTraining:
+    """What decides the training of a GAN whose players have an Adam each."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    data: str = "emoji"
+    """"emoji", or a folder of captioned pictures."""
+    batch_size: int = 64
+    """Pictures in an update."""
+    lr_g: float = 1e-4
+    """Adam's step of the generator."""
+    lr_d: float = 4e-4
+    """Adam's step of the discriminators."""
+    d_warmup: int = 0
+    """Steps over which the discriminators' rises from 0 to lr_d, in proportion."""
+    beta1: float = 0.5
+    """Adam's decay of the mean."""
+    beta2: float = 0.999
+    """Adam's decay of the square."""
+    ema_decay: float = 0.999
+    """Decay of the generator's moving average."""
+    ema_ramp: bool = False
+    """Let the moving average forget its beginning faster."""
+    ema_statistics: Literal["live", "own"] = "live"
+    """Batch statistics beside the average: the live network's (the released code), or its own."""
+    augment: str = ""
+    """Of real and generated pictures: any of color,translation,cutout."""
+    flip: bool = False
+    """Mirror half of the real pictures."""
+    precision: Precision = "bf16"
+    """Arithmetic of convolutions and matrix products."""
+    compile: bool = False
+    """torch.compile the generator and each discriminator."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    seed: int = 0
+    """Of weights, noise, augmentation and the order of the data."""
+    samples: int = 32
+    """Captions in a sample grid."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr_g", "lr_d"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.d_warmup < 0:
+            raise ValueError(f"d_warmup must be at least 0, not {self.d_warmup}")
 
 
 class GANRecipe(Recipe):
@@ -28,8 +81,7 @@ class GANRecipe(Recipe):
     them), and calls `average_from` last.
 
     Args:
-        config: of the training; it has data, seed, samples, batch_size, flip, beta1, beta2,
-            ema_decay, ema_ramp, ema_statistics, precision and device.
+        config: of the training: a GANTraining, or what has those of its fields that are read.
     """
 
     batches: CaptionedBatches

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +35,12 @@ from fastxm.training import config as configs
 from fastxm.training.batches import Batch
 from fastxm.training.captions import concepts
 from fastxm.training.damsm import DAMSMRecipe, DAMSMTraining
-from fastxm.training.gan import GANRecipe, gradients
+from fastxm.training.gan import GANRecipe, GANTraining, gradients
 from fastxm.training.precision import Precision, autocast, seed_all
 from fastxm.training.recipe import Samples, State
 from fastxm.training.stages import Stage, train_stages
 from fastxm.training.stream import STREAMRecipe, STREAMTraining
-from fastxm.training.trainer import LoopConfig, Run, is_fresh, train
+from fastxm.training.trainer import Run, is_fresh, train
 
 # the stages before: recipe and configuration
 BEFORE: dict[str, tuple[Any, Any]] = {
@@ -49,14 +49,11 @@ BEFORE: dict[str, tuple[Any, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class MirrorGANTraining:
-    """Everything that decides a training of MirrorGAN."""
+@dataclass(frozen=True, kw_only=True)
+class MirrorGANTraining(GANTraining):
+    """Everything that decides a training of MirrorGAN; samples are each drawn at three sizes."""
 
     model: GLAMConfig = field(default_factory=GLAMConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
     stages: str = "cpu-demo"
     """Preset of the stages before, `damsm` and `stream`, where no run of theirs is given."""
     damsm: str = ""
@@ -64,52 +61,18 @@ class MirrorGANTraining:
     stream: str = ""
     """A run of `train stream`; likewise."""
     batch_size: int = 12
-    """Pictures in an update."""
     lr_g: float = 2e-4
-    """Adam's step of the generator."""
     lr_d: float = 2e-4
-    """Adam's step of the discriminators."""
-    d_warmup: int = 0
-    """Steps over which the discriminators' rises from 0 to lr_d, in proportion."""
-    beta1: float = 0.5
-    """Adam's decay of the mean."""
-    beta2: float = 0.999
-    """Adam's decay of the square."""
-    ema_decay: float = 0.999
-    """Decay of the generator's moving average."""
-    ema_ramp: bool = False
-    """Let the moving average forget its beginning faster."""
-    ema_statistics: Literal["live", "own"] = "live"
-    """Batch statistics beside the average: the live network's (the released code), or its own."""
     stream_weight: float = 20.0
     """Weight of the redescription loss, lambda: 20 in the paper, 10 in the released code."""
     kl_weight: float = 1.0
     """Weight of the augmented sentence's divergence from a standard normal distribution."""
     damsm_weight: float = 0.0
     """Weight of the word and sentence losses of DAMSM."""
-    augment: str = ""
-    """Of real and generated pictures: any of color,translation,cutout."""
-    flip: bool = False
-    """Mirror half of the real pictures."""
-    precision: Precision = "bf16"
-    """Arithmetic of convolutions and matrix products."""
-    compile: bool = False
-    """torch.compile the generator and each discriminator."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    seed: int = 0
-    """Of weights, noise, augmentation and the order of the data."""
-    samples: int = 32
-    """Captions in a sample grid, each drawn at three sizes."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr_g", "lr_d"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("d_warmup", "stream_weight", "kl_weight", "damsm_weight"):
+        super().__post_init__()
+        for name in ("stream_weight", "kl_weight", "damsm_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
 

@@ -11,7 +11,7 @@ is never trained on contrastive losses of generated pictures.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,41 +23,19 @@ from fastxm.encoders import image_encoder, text_encoder
 from fastxm.encoders.frozen import FrozenImages
 from fastxm.models.xmcgan import XMCGAN, DiscriminatorOutput, XMCGANConfig
 from fastxm.training.batches import Batch, split
-from fastxm.training.gan import GANRecipe, gradients
-from fastxm.training.precision import Precision, autocast, seed_all
-from fastxm.training.trainer import LoopConfig
+from fastxm.training.gan import GANRecipe, GANTraining, gradients
+from fastxm.training.precision import autocast, seed_all
 
 
-@dataclass(frozen=True)
-class XMCGANTraining:
+@dataclass(frozen=True, kw_only=True)
+class XMCGANTraining(GANTraining):
     """Everything that decides a training of XMC-GAN."""
 
     model: XMCGANConfig = field(default_factory=XMCGANConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
-    batch_size: int = 64
-    """Pictures in each of the updates of a step."""
     d_steps_per_g: int = 2
     """Updates of the discriminator in a step; the last is joint with the generator's."""
     share_fakes: bool = False
-    """Let the discriminator's own updates judge the pictures of the joint one, drawn once a step."""
-    lr_g: float = 1e-4
-    """Adam's step of the generator."""
-    lr_d: float = 4e-4
-    """Adam's step of the discriminator."""
-    d_warmup: int = 0
-    """Steps over which the discriminator's rises from 0 to lr_d, in proportion."""
-    beta1: float = 0.5
-    """Adam's decay of the mean."""
-    beta2: float = 0.999
-    """Adam's decay of the square."""
-    ema_decay: float = 0.999
-    """Decay of the generator's moving average."""
-    ema_ramp: bool = False
-    """Let the moving average forget its beginning faster."""
-    ema_statistics: Literal["live", "own"] = "live"
-    """Batch statistics beside the average: the live network's (the released code), or its own."""
+    """Let all updates of a step judge the same pictures, drawn once."""
     word_weight: float = 1.0
     """Weight of the region-word loss, for both players."""
     sentence_weight: float = 1.0
@@ -68,30 +46,12 @@ class XMCGANTraining:
     """Weight of the image-image loss in EfficientNet-Lite0's space."""
     pretrained_size: int = 224
     """Side of the pictures that EfficientNet-Lite0 is given."""
-    augment: str = ""
-    """Of real and generated pictures: any of color,translation,cutout."""
-    flip: bool = False
-    """Mirror half of the real pictures."""
-    precision: Precision = "bf16"
-    """Arithmetic of convolutions and matrix products."""
-    compile: bool = False
-    """torch.compile both networks."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    seed: int = 0
-    """Of weights, noise, augmentation and the order of the data."""
-    samples: int = 32
-    """Pictures in a sample grid."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "d_steps_per_g", "samples", "pretrained_size"):
+        super().__post_init__()
+        for name in ("d_steps_per_g", "pretrained_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr_g", "lr_d"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.d_warmup < 0:
-            raise ValueError(f"d_warmup must be at least 0, not {self.d_warmup}")
 
 
 class XMCGANRecipe(GANRecipe):
@@ -198,7 +158,7 @@ class XMCGANRecipe(GANRecipe):
     def judge(
         self, batch: Batch, fake: Tensor, of: Batch | None = None
     ) -> list[DiscriminatorOutput]:
-        """What it makes of the real pictures, and of those drawn of their texts or of another batch."""
+        """What the discriminator makes of real pictures, and of drawn ones (`of` another batch)."""
         groups = [batch["image"], fake]
         if self.config.augment:
             groups = [augment(images, self.config.augment) for images in groups]
