@@ -67,6 +67,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("region_word_attention_cpu", &fastxm::region_word_attention_cpu, release());
   m.def("region_word_bwd_cpu", &fastxm::region_word_bwd_cpu, release());
   m.def("region_word_pool_cpu", &fastxm::region_word_pool_cpu, release());
+  m.def("region_word_tiles_bwd_cpu", &fastxm::region_word_tiles_bwd_cpu, release());
+  m.def("region_word_tiles_fwd_cpu", &fastxm::region_word_tiles_fwd_cpu, release());
 #ifdef FASTXM_CUDA
   m.def("info_nce_workspace_cuda", &fastxm::info_nce_workspace_cuda, release());
   m.def("info_nce_fwd_cuda", &fastxm::info_nce_fwd_cuda, release());

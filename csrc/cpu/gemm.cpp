@@ -45,19 +45,19 @@ struct Pair {
 
 // out [R, width <= 64] = a [R, steps] times one panel, or that is added to it
 template <class Element, int R>
-FASTXM_TILE FASTXM_INLINE void tile(const char* a, std::int64_t a_bytes, const char* panel,
-                                    std::int64_t steps, float* out, std::int64_t out_stride,
-                                    std::int64_t width, bool add) {
+FASTXM_TILE FASTXM_INLINE void tile(const char* a, std::int64_t a_row, std::int64_t a_step,
+                                    const char* panel, std::int64_t steps, float* out,
+                                    std::int64_t out_stride, std::int64_t width, bool add) {
   __m512 sums[R][kVectors];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
-  for (std::int64_t k = 0; k < steps; ++k, panel += 64 * kVectors) {
+  for (std::int64_t k = 0; k < steps; ++k, panel += 64 * kVectors, a += a_step) {
     __m512i columns[kVectors];
     for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_si512(panel + 64 * v);
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i) {
       std::uint32_t element;
-      std::memcpy(&element, a + i * a_bytes + 4 * k, 4);
+      std::memcpy(&element, a + i * a_row, 4);
       for (int v = 0; v < kVectors; ++v) sums[i][v] = Element::add(sums[i][v], element, columns[v]);
     }
   }
@@ -72,27 +72,27 @@ FASTXM_TILE FASTXM_INLINE void tile(const char* a, std::int64_t a_bytes, const c
 }
 
 template <class Element>
-FASTXM_TILE void times_panel(const char* a, std::int64_t a_bytes, std::int64_t rows,
-                             const char* panel, std::int64_t steps, float* out,
+FASTXM_TILE void times_panel(const char* a, std::int64_t a_row, std::int64_t a_step,
+                             std::int64_t rows, const char* panel, std::int64_t steps, float* out,
                              std::int64_t out_stride, std::int64_t width, bool add) {
-  for (; rows >= kRows; rows -= kRows, a += kRows * a_bytes, out += kRows * out_stride)
-    tile<Element, kRows>(a, a_bytes, panel, steps, out, out_stride, width, add);
-  for (; rows >= 2; rows -= 2, a += 2 * a_bytes, out += 2 * out_stride)
-    tile<Element, 2>(a, a_bytes, panel, steps, out, out_stride, width, add);
-  if (rows) tile<Element, 1>(a, a_bytes, panel, steps, out, out_stride, width, add);
+  for (; rows >= kRows; rows -= kRows, a += kRows * a_row, out += kRows * out_stride)
+    tile<Element, kRows>(a, a_row, a_step, panel, steps, out, out_stride, width, add);
+  for (; rows >= 2; rows -= 2, a += 2 * a_row, out += 2 * out_stride)
+    tile<Element, 2>(a, a_row, a_step, panel, steps, out, out_stride, width, add);
+  if (rows) tile<Element, 1>(a, a_row, a_step, panel, steps, out, out_stride, width, add);
 }
 
 template <class Element>
-void multiply_as(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
-                 std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride) {
+void multiply_as(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
+                 std::int64_t columns, float* out, std::int64_t out_stride, bool add) {
   std::int64_t steps = panels.depth / Element::step, bytes = steps * 4 * kPanel;
   const char* panel = pointer<const char>(panels.data) + first / kPanel * bytes;
-  const char* row = static_cast<const char*>(a);
+  const char* row = static_cast<const char*>(a.data);
   for (std::int64_t j = 0; j < columns; j += kPanel, panel += bytes)
     for (std::int64_t k = 0; k == 0 || k < steps; k += kDepth)
-      times_panel<Element>(row + 4 * k, a_stride * Element::size, rows, panel + 4 * kPanel * k,
+      times_panel<Element>(row + k * a.step, a.row, a.step, rows, panel + 4 * kPanel * k,
                            std::min(kDepth, steps - k), out + j, out_stride,
-                           std::min(kPanel, columns - j), k > 0);
+                           std::min(kPanel, columns - j), add || k > 0);
 }
 
 }  // namespace
@@ -103,22 +103,28 @@ const char* gemm_level() {
   return __builtin_cpu_supports("avx512bf16") ? "bfloat16" : "float32";
 }
 
-void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
-              std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride) {
+void multiply(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
+              std::int64_t columns, float* out, std::int64_t out_stride, bool add) {
   if (panels.bf16)
-    multiply_as<Pair>(panels, a, a_stride, rows, first, columns, out, out_stride);
+    multiply_as<Pair>(panels, a, rows, first, columns, out, out_stride, add);
   else
-    multiply_as<Float>(panels, a, a_stride, rows, first, columns, out, out_stride);
+    multiply_as<Float>(panels, a, rows, first, columns, out, out_stride, add);
 }
 
 #else
 
 const char* gemm_level() { return ""; }
 
-void multiply(const Panels&, const void*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-              float*, std::int64_t) {}
+void multiply(const Panels&, const Left&, std::int64_t, std::int64_t, std::int64_t, float*,
+              std::int64_t, bool) {}
 
 #endif
+
+void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
+              std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride) {
+  multiply(panels, {a, a_stride * (panels.bf16 ? 2 : 4), 4}, rows, first, columns, out, out_stride,
+           false);
+}
 
 namespace {
 
@@ -138,7 +144,38 @@ void pack(const T* y, std::int64_t rows, std::int64_t steps, std::int64_t stride
   }
 }
 
+// steps of rows of y become those of panels [.., depth, kPanel]; a step of bfloat16 has two rows
+template <class T>
+void pack_rows(const T* y, std::int64_t rows, std::int64_t columns, std::int64_t stride, T* panels,
+               std::int64_t depth, std::int64_t step) {
+  for (std::int64_t j = 0; j < columns; j += kPanel, panels += depth * kPanel) {
+    const std::int64_t width = std::min(kPanel, columns - j);
+    T* to = panels;
+    for (std::int64_t k = 0; k < rows; k += step, to += step * kPanel) {
+      const T* from = y + k * stride + j;
+      if (width < kPanel || k + step > rows) std::fill_n(to, step * kPanel, T(0));
+      if (step == 1)
+        std::copy_n(from, width, to);
+      else if (k + 1 == rows)
+        for (std::int64_t i = 0; i < width; ++i) to[2 * i] = from[i];
+      else
+        for (std::int64_t i = 0; i < width; ++i)
+          to[2 * i] = from[i], to[2 * i + 1] = from[i + stride];
+    }
+  }
+}
+
 }  // namespace
+
+void pack_depth(const Panels& panels, const void* y, std::int64_t rows, std::int64_t columns,
+                std::int64_t stride, std::int64_t first) {
+  if (panels.bf16)
+    pack_rows(static_cast<const std::uint16_t*>(y), rows, columns, stride,
+              pointer<std::uint16_t>(panels.data) + first * kPanel, panels.depth, 2);
+  else
+    pack_rows(static_cast<const std::uint32_t*>(y), rows, columns, stride,
+              pointer<std::uint32_t>(panels.data) + first * kPanel, panels.depth, 1);
+}
 
 void gemm_pack_cpu(bool bf16, std::uintptr_t y, std::int64_t rows, std::int64_t depth,
                    std::int64_t stride, std::uintptr_t panels, int threads) {

@@ -22,7 +22,23 @@ struct Panels {
 void gemm_pack_cpu(bool bf16, std::uintptr_t y, std::int64_t rows, std::int64_t depth,
                    std::int64_t stride, std::uintptr_t panels, int threads);
 
-// out [rows, columns] = a [rows, depth] times the packed columns from `first`, a multiple of 64
+// y [rows, columns] as the panels of its columns, from row `first` of their depth on; of bfloat16
+// `first` is even, and an odd last row is followed by one of 0
+void pack_depth(const Panels& panels, const void* y, std::int64_t rows, std::int64_t columns,
+                std::int64_t stride, std::int64_t first);
+
+// a matrix whose step k of row i, a float or a pair of bfloat16, is at data + i row + k step, bytes
+struct Left {
+  const void* data;
+  std::int64_t row, step;
+};
+
+// out [rows, columns] = a [rows, depth] times the packed columns from `first`, a multiple of 64; or
+// that is added to it
+void multiply(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
+              std::int64_t columns, float* out, std::int64_t out_stride, bool add);
+
+// the same of a whose rows stand a_stride elements apart
 void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
               std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride);
 

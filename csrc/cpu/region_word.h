@@ -3,7 +3,9 @@
 // fastxm/ops/region_word.py; the blocks: region_word_blocks.py there.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <cstring>
 
 namespace fastxm {
 
@@ -32,5 +34,34 @@ void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t ds, std:
                          std::int64_t regions, double sharp, double pool, bool word_softmax,
                          std::uintptr_t dscores, std::int64_t stride, std::uintptr_t radial,
                          int threads);
+
+// What the tiles take, of float or of bfloat16 (`bf16`, depth even): x [pictures, regions, depth],
+// words [words, depth], word_rnorm [words] (float), starts [texts + 1] (int64). s [pictures, words,
+// regions] (float) and contexts [pictures, words, depth] of the first `kept` pictures are kept
+// between forward and backward. `block` pictures are taken at a time.
+struct RegionWordGiven {
+  std::int64_t bf16, pictures, regions, depth, texts, words, word_softmax, block, kept;
+  std::uintptr_t x, w, word_rnorm, starts, s, contexts;
+};
+
+using RegionWordNumbers = std::array<std::uint64_t, 15>;
+
+// the numbers in the order of the struct's members
+inline RegionWordGiven region_word_given(const RegionWordNumbers& numbers) {
+  RegionWordGiven given;
+  static_assert(sizeof given == sizeof numbers);
+  std::memcpy(&given, numbers.data(), sizeof given);
+  return given;
+}
+
+// Where gemm_level() has the dtype: products and all else of some words and a picture in one tile.
+// Writes scores [texts, pictures], float, `stride` from text to text.
+void region_word_tiles_fwd_cpu(const RegionWordNumbers& given, double sharp, double pool,
+                               std::uintptr_t scores, std::int64_t stride, int threads);
+
+// Writes dregions, of x's dtype, and adds to dwords [words, depth], float, unless that is 0.
+void region_word_tiles_bwd_cpu(const RegionWordNumbers& given, double sharp, double pool,
+                               std::uintptr_t dscores, std::int64_t stride, std::uintptr_t dregions,
+                               std::uintptr_t dwords, int threads);
 
 }  // namespace fastxm

@@ -72,7 +72,7 @@ def region_word_scores(
         raise ValueError("region_word_scores needs at least one region and one word")
     words = words.masked_fill(~valid_words(words, lengths)[..., None], 0)
     if not word_softmax:
-        words = dispatch.unit_rows(words).to(products.of(regions, words).dtype)
+        words = dispatch.unit_rows(words).to(products.dtype_of(regions, words))
     options = (float(attention_sharpness), float(pooling_sharpness), word_softmax)
     keep = torch.is_grad_enabled() and (regions.requires_grad or words.requires_grad)
     return scores_of(regions, words, lengths, *options, keep)[0]

@@ -130,10 +130,7 @@ def fwd(regions, words, lengths, kept, *options) -> Tensor:
 def bwd(dscores, regions, words, lengths, kept, *options, of_words) -> tuple[Tensor, Tensor]:
     dscores = dscores.contiguous()
     packed = _Words(regions, words, lengths, *options)
-    places = products.kept_places(kept, regions, packed.texts.K)
-    # NaN is the mark of a backend that keeps nothing; one of the inputs' comes again
-    if places is not None and bool(places[0][0, :, 0].isnan().any()):
-        places = None
+    places = products.found_places(kept, regions, packed.texts.K)
     dpacked = torch.zeros_like(packed.packed, dtype=packed.wide)
     dregions = torch.empty_like(regions)
     for some, block in _blocks(packed, regions):

@@ -9,21 +9,25 @@ from fastxm.ops import dispatch
 from fastxm.ops import region_word_blocks as blocks
 from fastxm.ops import region_word_products as products
 from fastxm.ops import region_word_reference as reference
+from fastxm.ops import region_word_tiles as tiles
 from fastxm.ops import region_word_triton as triton
 
 BACKENDS = {"reference": reference, "cpu": blocks, "cuda": blocks, "triton": triton}
 
 
 def backend(regions: Tensor, words: Tensor) -> Any:
-    """The C++ blocks on a CPU. On a GPU Triton, which skips padding and makes its own products; of
-    float64, which it does not take, or without it the CUDA blocks; else the formula."""
+    """C++ on a CPU: in tiles, or where there are none in blocks. On a GPU Triton, which skips
+    padding and makes its own products; of float64, which it does not take, or without it the CUDA
+    blocks; else the formula."""
     device, float64 = words.device, dispatch.wide_dtype(regions, words) == torch.float64
     offered = [name for name in BACKENDS if not (name == "triton" and float64)]
     auto = "cpu" if device.type == "cpu" else "reference"
     if device.type == "cuda":
         first = [name for name in ("triton", "cuda") if name in offered]
         auto = next((name for name in first if not dispatch.missing(name)), "reference")
-    return BACKENDS[dispatch.choose("region_word", device, auto, offered)]
+    name = dispatch.choose("region_word", device, auto, offered)
+    tiled = name == "cpu" and products.tile_dtype(regions, words) is not None
+    return tiles if tiled else BACKENDS[name]
 
 
 @torch.library.custom_op("fastxm::region_word_fwd", mutates_args=())

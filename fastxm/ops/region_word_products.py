@@ -54,37 +54,30 @@ class Half:
         gemm.accumulate(out, ds.to(self.back), regions.to(self.back))
 
 
-class PackedHalf(Half):
-    """In bfloat16 on a CPU, with float32 accumulators where a softmax follows."""
-
-    def with_regions(self, rows: Tensor, regions: Tensor, out: Tensor) -> None:
-        for a, y, s in zip(rows, regions, out):
-            gemm.times(a.to(self.dtype), y, s)
-
-    def contexts(self, alpha: Tensor, regions: Tensor, out: Tensor) -> None:
-        out.copy_(torch.bmm(alpha.to(self.dtype), regions))
-
-    def to_regions(self, ds: Tensor, words: Tensor, h: Tensor, contexts: Tensor, out: Tensor):
-        P, K, R = ds.shape  # one product, so that the sum is rounded once
-        left = words.new_empty(P, 2 * K, R)
-        right = words.new_empty(P, 2 * K, words.shape[2])
-        left[:, :K], left[:, K:], right[:, :K], right[:, K:] = ds, h, words, contexts
-        out.copy_(torch.bmm(left.mT, right))
-
-    def to_words(self, ds: Tensor, regions: Tensor, out: Tensor) -> None:
-        out += ds.to(self.dtype) @ regions
-
-
 def of(regions: Tensor, words: Tensor) -> Vendor | Half:
-    """Halves where regions and words are of one kind: on a GPU; or, if bfloat16, where a CPU has a
-    tile kernel, and D makes it pay."""
-    dtype, device = regions.dtype, regions.device.type
-    if device == "cuda" and dtype == words.dtype and dtype in gemm.HALVES:
+    """Halves on a GPU, where regions and words are of one kind."""
+    dtype = regions.dtype
+    if regions.is_cuda and dtype == words.dtype and dtype in gemm.HALVES:
         return Half(dtype)
-    half = dtype == words.dtype == torch.bfloat16 and device == "cpu"
-    if half and torch.bfloat16 in gemm.PACKED and regions.shape[-1] in range(64, 1 << 20, 2):
-        return PackedHalf(dtype)
     return Vendor(wide_dtype(regions, words))
+
+
+def tile_dtype(regions: Tensor, words: Tensor) -> torch.dtype | None:
+    """Of the tile kernels' products: bfloat16 where regions and words are; None where others
+    are at least as fast: on short rows, and in float32 where r rᵀ saves much (see gram)."""
+    R, D = regions.shape[1:]
+    if regions.device.type != "cpu" or wide_dtype(regions, words) != torch.float32:
+        return None
+    half = regions.dtype == words.dtype == torch.bfloat16 and D % 2 == 0
+    if half and torch.bfloat16 in gemm.PACKED:
+        return torch.bfloat16 if D >= gemm.PANEL else None
+    pays = D >= gemm.PANEL and not (2 * R <= D and gram(regions, words))
+    return torch.float32 if pays and torch.float32 in gemm.PACKED else None
+
+
+def dtype_of(regions: Tensor, words: Tensor) -> torch.dtype:
+    """What regions and words are rounded to for the products."""
+    return tile_dtype(regions, words) or of(regions, words).dtype
 
 
 def gram(regions: Tensor, words: Tensor) -> bool:
@@ -96,21 +89,33 @@ def gram(regions: Tensor, words: Tensor) -> bool:
 
 
 def kept_places(kept: Tensor, regions: Tensor, K: int) -> tuple[Tensor, Tensor] | None:
-    """Where s [P, K, R] and the contexts (or h) [P, K, ..] of all pictures are, if kept."""
-    (P, R, _), width = regions.shape, kept.shape[2]
-    if width <= 1:
+    """Where s [P, K, R] and the contexts (or h) [P, K, ..] are, of as many pictures as fit."""
+    R, width = regions.shape[1], kept.shape[2]
+    P = min(len(regions), kept.numel() // max(1, K * width)) if width > 1 else 0
+    if P == 0:
         return None
-    sizes = [P * K * R, P * K * (width - R)]
-    s, product = kept.view(-1)[: sum(sizes)].split(sizes)
+    s, product = kept.view(-1)[: P * K * width].split([P * K * R, P * K * (width - R)])
     return s.view(P, K, R), product.view(P, K, width - R)
 
 
+def found_places(kept: Tensor, regions: Tensor, K: int) -> tuple[Tensor, Tensor] | None:
+    """kept_places, if the forward wrote them: NaN is the mark of a backend that keeps nothing, and
+    one of the inputs' comes again."""
+    places = kept_places(kept, regions, K)
+    return None if places is None or bool(places[0][0, :, 0].isnan().any()) else places
+
+
 def kept_shape(regions: Tensor, words: Tensor, keep: bool) -> tuple[int, ...]:
-    """The shape of what every forward keeps: on a CPU all of s and the contexts (or h), or nothing;
-    on a GPU |c|^2."""
+    """The shape of what every forward keeps: on a CPU s and the contexts (or h), by tiles of as
+    many pictures as fit into KEPT, else of all or none; on a GPU |c|^2."""
     (P, R, D), K = regions.shape, words.shape[0] * words.shape[1]
     if keep and regions.is_cuda:
         return (P, K, 1)
-    width = R + (R if gram(regions, words) else D)
-    few = P * K * width * wide_dtype(regions, words).itemsize <= KEPT
-    return (P, K, width) if keep and few and regions.device.type == "cpu" else (0, 0, 0)
+    if not keep or regions.device.type != "cpu":
+        return (0, 0, 0)
+    tile, wide = tile_dtype(regions, words), wide_dtype(regions, words).itemsize
+    if tile is None:
+        width = R + (R if gram(regions, words) else D)
+        return (P, K, width) if P * K * width * wide <= KEPT else (0, 0, 0)
+    width = R + D * tile.itemsize // wide
+    return (min(P, KEPT // max(1, K * width * wide)), K, width)

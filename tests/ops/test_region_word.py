@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from check import gradient, no_worse
 
-from fastxm.ops import backend, region_word_blocks, region_word_products, region_word_scores
+from fastxm.ops import (
+    backend,
+    gemm,
+    region_word_blocks,
+    region_word_products,
+    region_word_scores,
+    region_word_tiles,
+)
 from fastxm.ops.region_word_op import gradients_of, scores_of
 
 SHAPES = [  # B_image, R, D, B_text, T
@@ -16,7 +23,10 @@ SHAPES = [  # B_image, R, D, B_text, T
     (5, 17, 33, 4, 9),
     (4, 64, 64, 3, 17),
     (2, 40, 200, 24, 9),  # many words: |c|^2 by way of r rᵀ
+    (3, 75, 66, 12, 17),  # several tiles of words, two panels of regions
+    (2, 33, 70, 2, 110),  # a text that is longer than a tile
 ]
+TILED = SHAPES[-2:]
 FORMS = [
     {},
     {"attention_sharpness": 1.5, "pooling_sharpness": 9.0},
@@ -27,6 +37,7 @@ FORMS = [
 @pytest.fixture(params=[True, False], ids=["kept", "again"])
 def _blocks(monkeypatch, request):
     monkeypatch.setattr(region_word_blocks, "BLOCK", 20_000)  # bytes: one picture, some, or all
+    monkeypatch.setattr(region_word_tiles, "BLOCK", 400_000)
     if not request.param:
         monkeypatch.setattr(region_word_products, "KEPT", 0)
 
@@ -164,13 +175,49 @@ def test_two_runs_and_any_thread_count_give_the_same_bits(form, device):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[-1]], ids=str)
+@pytest.mark.skipif(not gemm.PACKED, reason="no tile kernels for this CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_forward_and_backward_of_two_backends(shape, form):
-    regions, words, lengths = inputs(*shape, "cpu", torch.float64)
+@pytest.mark.parametrize("shape", TILED, ids=str)
+def test_kept_pictures_give_the_same_bits(shape, form, dtype, monkeypatch):
+    regions, words, lengths = inputs(*shape, "cpu", dtype)
+    one = shape[3] * shape[4] * (shape[1] + shape[2]) * 4  # bytes of a picture
+    f, results = lambda *t: region_word_scores(*t, **form), []
+    for kept, block in ((64 << 20, 1 << 20), (one, 1), (0, 1 << 20)):
+        monkeypatch.setattr(region_word_products, "KEPT", kept)
+        monkeypatch.setattr(region_word_tiles, "BLOCK", block)
+        results.append([f(regions, words, lengths), *gradient(f)(regions, words, lengths)])
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0])
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], TILED[0]], ids=str)
+def test_a_nan_stays_one(shape, form, dtype):
+    regions, words, _ = inputs(*shape, "cpu", dtype)
+    lengths = torch.full((len(words),), shape[4])
+    regions[1, 0, 0] = words[2, 0, 1] = torch.nan
+    leaves = (regions.requires_grad_(), words.requires_grad_())
+    scores = region_word_scores(*leaves, lengths, **form)
+    wrong = torch.zeros_like(scores, dtype=torch.bool)
+    wrong[:, 1] = wrong[2] = True
+    assert torch.equal(scores.isnan(), wrong)
+    dregions, dwords = torch.autograd.grad(scores.sum(), leaves)
+    assert dregions.isnan().any(2).all()
+    assert dwords.isnan().flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5], TILED[0]], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_forward_and_backward_of_two_backends(shape, form, dtype):
+    regions, words, lengths = inputs(*shape, "cpu", dtype)
     leaves = (regions.requires_grad_(), words.requires_grad_())
     f = lambda r, w: region_word_scores(r, w, lengths, **form)  # noqa: E731
     wanted = torch.autograd.grad(f(*leaves).sin().sum(), leaves)
+    torch.compiler.reset()  # every case compiles the same code
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     compiled(*leaves)  # traced here, and then run under another backend
     for forward in (f, compiled):
@@ -181,7 +228,7 @@ def test_forward_and_backward_of_two_backends(shape, form):
                 torch.testing.assert_close(torch.autograd.grad(loss, leaves), wanted)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[-1]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5]], ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_pictures_by_turns(shape, form, monkeypatch):
     regions, words, lengths = inputs(*shape, "cpu", torch.float64)
@@ -250,8 +297,9 @@ def test_wrong_types():
         region_word_scores(ones, ones.long(), torch.ones(2, dtype=torch.long))
 
 
-def test_dispatch(device):
-    regions, words, lengths = inputs(3, 4, 6, 2, 5, device)
+@pytest.mark.parametrize("depth", [6, 64])
+def test_opcheck(depth, device):
+    regions, words, lengths = inputs(3, 4, depth, 2, 5, device)
     leaves = (regions.requires_grad_(), words.requires_grad_(), lengths)
     whole = torch.full_like(lengths, 5)  # what is kept for padding is not written
     for word_softmax, name in itertools.product((False, True), ("cpu", "reference")):
@@ -266,6 +314,11 @@ def test_dispatch(device):
                 )
         if name == "cpu":  # the reference keeps NaN, which opcheck holds for a difference
             torch.library.opcheck(scores_of, (*leaves[:2], whole, *options, True))
+
+
+def test_dispatch(device):
+    regions, words, lengths = inputs(3, 4, 6, 2, 5, device)
+    leaves = (regions.requires_grad_(), words.requires_grad_(), lengths)
     compiled = torch.compile(region_word_scores, fullgraph=True)
     torch.testing.assert_close(compiled(*leaves), region_word_scores(*leaves))
     with torch.autocast(device, torch.bfloat16):

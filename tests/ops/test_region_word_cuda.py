@@ -60,6 +60,7 @@ def emulate(monkeypatch, native):
     monkeypatch.setattr(gemm, "multiply", multiply)
     monkeypatch.setattr(gemm, "accumulate", accumulate)
     monkeypatch.setattr(products, "of", of)
+    monkeypatch.setattr(products, "tile_dtype", lambda regions, words: None)
     monkeypatch.setattr(products, "kept_shape", nothing)
     monkeypatch.setattr(blocks, "_C", native)
 
