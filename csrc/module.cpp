@@ -61,6 +61,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_pack_cpu", &fastxm::gemm_pack_cpu, release());
   m.def("info_nce_fwd_cpu", &fastxm::info_nce_fwd_cpu, release());
   m.def("info_nce_bwd_cpu", &fastxm::info_nce_bwd_cpu, release());
+  m.def("info_nce_kept_cpu", &fastxm::info_nce_kept_cpu, release());
+  m.def("info_nce_losses_cpu", &fastxm::info_nce_losses_cpu, release());
+  m.def("info_nce_losses_bwd_cpu", &fastxm::info_nce_losses_bwd_cpu, release());
+  m.def("info_nce_sums_cpu", &fastxm::info_nce_sums_cpu, release());
+  m.def("info_nce_sums_bwd_cpu", &fastxm::info_nce_sums_bwd_cpu, release());
   m.def("mmd_problems_cpu", &fastxm::mmd_problems_cpu, release());
   m.def("mmd_tile_cpu", &fastxm::mmd_tile_cpu, release());
   m.def("modulation_cpu", &fastxm::modulation_cpu, release());

@@ -1,117 +1,237 @@
 #include "cpu/info_nce.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
-#include "cpu/info_nce_tile.h"
+#include "cpu/info_nce_block.h"
 
 namespace fastxm {
 namespace {
 
-constexpr std::int64_t kChunk = 10 * kTile;  // rows that one thread takes of a strip
-constexpr std::int64_t kSmall = 1 << 14;     // entries below which threads cost more than they give
-
-// OpenMP outlines its regions before functions are cloned for each instruction set: so the cloned
-// functions take one tile, and the loops over tiles stand outside
-#define FASTXM_INSTANCES(T)                                                                       \
-  FASTXM_MULTIARCH void fwd_tile(const Tile<T>& t, T* row, std::int64_t row_stride, T* columns) { \
-    fwd_tile_of(t, row, row_stride, columns);                                                     \
-  }                                                                                               \
-  FASTXM_MULTIARCH void bwd_tile(const Tile<T>& t, const Terms<T>& terms, T* out,                 \
-                                 std::int64_t out_stride) {                                       \
-    bwd_tile_of(t, terms, out, out_stride);                                                       \
-  }
-FASTXM_INSTANCES(float)
-FASTXM_INSTANCES(double)
-#undef FASTXM_INSTANCES
-FASTXM_MULTIARCH void bwd_tile(const Tile<float>& t, const Terms<float>& terms, bfloat16* out,
-                               std::int64_t out_stride) {
-  bwd_tile_of(t, terms, out, out_stride);
+template <class F>
+void with_element(const InfoNceProblem& p, F f) {
+  p.bf16 ? f(bfloat16()) : f(float());
 }
 
-// takes `count` parts, `part` apart, of the statistics of n rows or columns into `into` [5, stride]
-template <class T>
-void join_parts(const T* parts, std::int64_t count, std::int64_t part, std::int64_t part_stride,
-                std::int64_t n, T* into, std::int64_t stride, int threads) {
-#pragma omp parallel for num_threads(threads)
+// rows from `first`, n of them; panels: y's columns
+InfoNceBlock block_of(const InfoNceProblem& p, std::int64_t first, std::int64_t n,
+                      const void* panels) {
+  std::uintptr_t labels = p.row_labels ? p.row_labels + 8 * first : 0;
+  return {0,
+          n,
+          p.columns,
+          p.target + first,
+          p.bf16,
+          p.depth,
+          p.depth,
+          p.x + first * p.depth * (p.bf16 ? 2 : 4),
+          reinterpret_cast<std::uintptr_t>(panels),
+          0,
+          p.row_factor + 4 * first,
+          p.column_factor,
+          labels,
+          p.column_labels};
+}
+
+Lines<std::uint32_t> columns_of_y(const InfoNceProblem& p, int threads) {
+  std::int64_t steps = p.depth / (p.bf16 ? 2 : 1);
+  Lines<std::uint32_t> panels(round_up(p.columns, kPanel) * steps);
+  pack_columns(pointer<const std::uint32_t>(p.y), p.columns, steps, panels.data(), threads);
+  return panels;
+}
+
+// as many rows as take `bytes`, each `width`: whole chunks
+std::int64_t rows_of(std::int64_t bytes, std::int64_t width) {
+  return std::max<std::int64_t>(1, bytes / std::max<std::int64_t>(1, width) / kChunk) * kChunk;
+}
+
+int threads_of(const InfoNceProblem& p, int threads) {
+  return p.rows * p.columns < kSmall ? 1 : threads;
+}
+
+void sums(const InfoNceProblem& p, float* row, float* column, std::int64_t workspace, int threads) {
+  threads = threads_of(p, threads);
+  const Sums<float> nothing = {float(kNothing), 0, 0, 0, -INFINITY};
+  for (std::int64_t i = 0; i < p.rows; ++i) store(nothing, row + i, p.rows);
+  for (std::int64_t j = 0; j < p.columns; ++j) store(nothing, column + j, p.columns);
+  Lines<std::uint32_t> panels = columns_of_y(p, threads);
+  std::int64_t strips = (p.columns + kStrip - 1) / kStrip;
+  std::int64_t step = rows_of(workspace, strips * kStatistics * sizeof(float));
+  for (std::int64_t i = 0; i < p.rows; i += step)
+    with_element(p, [&](auto element) {
+      auto* kept = pointer<Kept<decltype(element)>>(p.kept);
+      fwd(block_of(p, i, std::min(step, p.rows - i), panels.data()), row + i, p.rows, column,
+          kept ? kept + i / kTile * strips : nullptr, threads);
+    });
+}
+
+// losses, or the mean of them and those that are there; log-sum-exps, entropies, hits
+void finish(const float* sums, const float* positives, std::int64_t n, double smoothing,
+            const float* counts, std::int64_t candidates, float* losses, bool halve,
+            float* statistics) {
   for (std::int64_t i = 0; i < n; ++i) {
-    Sums<T> sums = load(into + i, stride);
-    for (std::int64_t k = 0; k < count; ++k)
-      sums = join(sums, load(parts + k * part + i, part_stride));
-    store(sums, into + i, stride);
+    Sums<float> s = load(sums + i, n);
+    float lse = s.reference + std::log(s.exps), positive = positives[i], loss = lse - positive;
+    float count = counts ? counts[i] : static_cast<float>(std::max<std::int64_t>(1, candidates));
+    if (smoothing) loss += static_cast<float>(smoothing) * (positive - s.plain / count);
+    losses[i] = halve ? (losses[i] + loss) / 2 : loss;
+    statistics[i] = lse;
+    statistics[n + i] = lse - s.dots / s.exps;
+    statistics[2 * n + i] = positive >= s.top ? 1.0f : 0.0f;
   }
 }
 
-// f(tile, its first row, its first column, whether a chunk begins) for the tiles of each chunk of
-// rows of each strip of columns
-template <class T, class F>
-void for_each_tile(const InfoNceBlock& b, int threads, F f) {
-  const auto* row_labels = pointer<const std::int64_t>(b.row_labels);
-  const auto* column_labels = pointer<const std::int64_t>(b.column_labels);
-  std::int64_t element = b.bf16 ? 2 : sizeof(T);
-#pragma omp parallel for collapse(2) num_threads(threads)
-  for (std::int64_t chunk = 0; chunk < b.rows; chunk += kChunk)
-    for (std::int64_t j = 0; j < b.columns; j += kStrip) {
-      alignas(64) T scratch[kTile * kStrip];
-      std::int64_t width = std::min(kStrip, b.columns - j);
-      std::int64_t end = std::min(b.rows, chunk + kChunk);
-      for (std::int64_t i = chunk; i < end; i += kTile) {
-        std::int64_t rows = std::min(kTile, end - i);
-        T* products = b.products ? pointer<T>(b.products) + i * b.columns + j : scratch;
-        std::int64_t stride = b.products ? b.columns : kStrip;
-        if constexpr (sizeof(T) == 4) {
-          if (b.panels)
-            multiply({b.bf16 != 0, b.depth, b.panels},
-                     pointer<const char>(b.x) + i * b.x_stride * element, b.x_stride, rows, j,
-                     width, products, stride);
-        }
-        f(Tile<T>{scratch, products, stride, rows, width, b.target + i - j,
-                  pointer<const T>(b.row_factor) + i, pointer<const T>(b.column_factor) + j,
-                  row_labels ? row_labels + i : nullptr,
-                  column_labels ? column_labels + j : nullptr},
-          i, j, i == chunk);
-      }
-    }
+// terms [3, n] from the gradients of losses
+std::vector<float> terms_of(const float* lse, const float* dloss, std::int64_t stride,
+                            std::int64_t n, float share, double smoothing, const float* counts,
+                            std::int64_t candidates) {
+  std::vector<float> terms(3 * n);
+  for (std::int64_t i = 0; i < n; ++i) {
+    float count = counts ? counts[i] : static_cast<float>(std::max<std::int64_t>(1, candidates));
+    float weight = dloss[i * stride] * share;
+    terms[i] = lse[i], terms[n + i] = weight;
+    terms[2 * n + i] = static_cast<float>(smoothing) * weight / count;
+  }
+  return terms;
 }
 
-template <class T>
-void fwd(const InfoNceBlock& b, T* row_stats, std::int64_t row_stride, T* column_stats,
-         int threads) {
-  if (b.rows * b.columns < kSmall) threads = 1;
+// a factor of 0 is one that gradients can be divided by
+std::vector<float> not_zero(std::uintptr_t factors, std::int64_t n) {
+  std::vector<float> copy(pointer<const float>(factors), pointer<const float>(factors) + n);
+  std::replace(copy.begin(), copy.end(), 0.0f, 1e-18f);
+  return copy;
+}
+
+// gradients of the logits of a block's tiles: ds, and dsT its transpose
+template <class E>
+void gradient_block(const InfoNceBlock& b, const Terms<float>& terms, const Kept<E>* kept, E* ds,
+                    std::int64_t stride, E* turned, std::int64_t turned_stride, int threads) {
   std::int64_t strips = (b.columns + kStrip - 1) / kStrip;
-  std::int64_t chunks = (b.rows + kChunk - 1) / kChunk;
-  std::vector<T> rows(strips * kStatistics * b.rows),
-      columns(chunks * kStatistics * strips * kStrip);
-  for_each_tile<T>(b, threads, [&](const Tile<T>& t, std::int64_t i, std::int64_t j, bool first) {
-    T* column = columns.data() + (i / kChunk * strips + j / kStrip) * kStatistics * kStrip;
-    for (std::int64_t k = 0; first && k < kStrip; ++k)
-      store<T>({T(kNothing), 0, 0, 0, T(-INFINITY)}, column + k, kStrip);
-    fwd_tile(t, rows.data() + j / kStrip * kStatistics * b.rows + i, b.rows, column);
-    for (std::int64_t k = 0; k < t.rows; ++k) {
-      std::int64_t at = t.target + k;
-      if (at >= 0 && at < t.width)
-        row_stats[kStatistics * row_stride + i + k] = t.s[k * kStrip + at];
-    }
-  });
-  join_parts(rows.data(), strips, kStatistics * b.rows, b.rows, b.rows, row_stats, row_stride,
-             threads);
-  for (std::int64_t j = 0; j < b.columns; j += kStrip)
-    join_parts(columns.data() + j * kStatistics, chunks, strips * kStatistics * kStrip, kStrip,
-               std::min(kStrip, b.columns - j), column_stats + j, b.columns, threads);
-}
-
-template <class T, class Out>
-void bwd(const InfoNceBlock& b, const Terms<T>& terms, Out* out, int threads) {
-  if (b.rows * b.columns < kSmall) threads = 1;
-  for_each_tile<T>(b, threads, [&](const Tile<T>& t, std::int64_t i, std::int64_t j, bool) {
-    Terms<T> here = terms;
+  for_each_tile<float>(b, threads, [&](const Tile<float>& t, std::int64_t i, std::int64_t j, bool) {
+    alignas(64) float values[kTile * kStride];
+    Terms<float> here = terms;
     here.rows += i;
     if (terms.columns) here.columns += j;
-    bwd_tile(t, here, out + i * b.columns + j, b.columns);
+    const Kept<E>* own = kept ? kept + i / kTile * strips + j / kStrip : nullptr;
+    if (own && own->reference == own->reference) {
+      kept_tile(t, here, *own, values);
+    } else {
+      make_products(b, t, i, j);
+      bwd_tile(t, here, values, kStride);
+    }
+    spread_tile(values, t.rows, t.width, ds + i * stride + j, stride,
+                turned + j * turned_stride + i, turned_stride);
   });
+}
+
+// gradients of Out: E, or float32
+template <class E, class Out>
+void gradients(InfoNceProblem p, const float* row_terms, const float* column_terms,
+               const InfoNceGradients& out, double smoothing, std::int64_t workspace, int threads) {
+  threads = threads_of(p, threads);
+  const std::int64_t N = p.rows, M = p.columns, D = p.depth, pair = sizeof(E) == 2 ? 2 : 1;
+  auto *dx = pointer<Out>(out[0]), *dy = pointer<Out>(out[1]);
+  auto a = not_zero(p.row_factor, N), b = not_zero(p.column_factor, M);
+  p.row_factor = reinterpret_cast<std::uintptr_t>(a.data());
+  p.column_factor = reinterpret_cast<std::uintptr_t>(b.data());
+  std::int64_t strips = (M + kStrip - 1) / kStrip, tiles = (N + kTile - 1) / kTile * strips;
+  const auto* kept = pointer<const Kept<E>>(p.kept);
+  bool all = kept && std::none_of(kept, kept + tiles, [](const Kept<E>& tile) {
+               return tile.reference != tile.reference;
+             });
+  Lines<std::uint32_t> columns = all ? Lines<std::uint32_t>() : columns_of_y(p, threads);
+  const std::int64_t height = round_up(M, pair), features = round_up(D, kPanel);
+  Lines<E> rows_of_y(features * height);
+  pack_rows(pointer<const E>(p.y), M, D, rows_of_y.data(), threads);
+  // rows of a block; lines that lie a power of two apart would share few places of the cache
+  const std::int64_t n = std::min(rows_of(workspace, 2 * M * sizeof(E)), round_up(N, kTile));
+  const std::int64_t stride = height + 32, turned_stride = n + 32;
+  Lines<E> ds(n * stride), turned(M * turned_stride), rows_of_x(features * n);
+  // of dy, which bfloat16 would round with every block
+  Lines<float> sum(sizeof(Out) == 2 && n < N ? M * D : 0);
+  for (std::int64_t i = 0; i < N; i += n) {
+    std::int64_t here = std::min(n, N - i), depth = round_up(here, pair);
+    Terms<float> terms = {row_terms + i, column_terms, N, M, static_cast<float>(smoothing)};
+    gradient_block(block_of(p, i, here, columns.data()), terms,
+                   kept ? kept + i / kTile * strips : nullptr, ds.data(), stride, turned.data(),
+                   turned_stride, threads);
+    for (std::int64_t k = 0; M < height && k < here; ++k) ds.data()[k * stride + M] = E{};
+    const E* x = pointer<const E>(p.x) + i * D;
+    pack_rows(x, here, D, rows_of_x.data(), threads);
+    Panels of_y = {pair == 2, height, reinterpret_cast<std::uintptr_t>(rows_of_y.data())};
+    Panels of_x = {pair == 2, depth, reinterpret_cast<std::uintptr_t>(rows_of_x.data())};
+    times(ds.data(), stride, here, of_y, D, dx + i * D, false, threads);
+    if (sum.data())
+      times(turned.data(), turned_stride, M, of_x, D, sum.data(), i > 0, threads);
+    else
+      times(turned.data(), turned_stride, M, of_x, D, dy, i > 0, threads);
+  }
+  if (N == 0) std::fill(dy, dy + M * D, Out{});
+  if (sum.data()) emit_panel(sum.data(), 1, M * D, dy, 0, false);
+  inner(pointer<const E>(p.x), dx, N, D, a.data(), pointer<float>(out[2]));
+  inner(pointer<const E>(p.y), dy, M, D, b.data(), pointer<float>(out[3]));
 }
 
 }  // namespace
+
+std::array<std::int64_t, 4> info_nce_kept_cpu() {
+  return {kTile, kStrip, sizeof(Kept<float>), sizeof(Kept<bfloat16>)};
+}
+
+void info_nce_sums_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+                       std::uintptr_t row_stats, std::uintptr_t column_stats,
+                       std::int64_t workspace, int threads) {
+  sums(info_nce_problem(sizes, addresses), pointer<float>(row_stats), pointer<float>(column_stats),
+       workspace, threads);
+}
+
+void info_nce_losses_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+                         const std::array<std::uintptr_t, 3>& results, double smoothing,
+                         std::uintptr_t counts, std::int64_t workspace, int threads) {
+  InfoNceProblem p = info_nce_problem(sizes, addresses);
+  std::vector<float> row(6 * p.rows), column(kStatistics * p.columns);
+  sums(p, row.data(), column.data(), workspace, threads);
+  const float* positives = row.data() + kStatistics * p.rows;
+  auto [losses, of_rows, of_columns] = results;
+  finish(row.data(), positives, p.rows, smoothing, pointer<const float>(counts), p.columns,
+         pointer<float>(losses), false, pointer<float>(of_rows));
+  if (of_columns)
+    finish(column.data(), positives, p.columns, smoothing, pointer<const float>(counts), p.columns,
+           pointer<float>(losses), true, pointer<float>(of_columns));
+}
+
+void info_nce_sums_bwd_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+                           std::uintptr_t row_terms, std::uintptr_t column_terms,
+                           const InfoNceGradients& out, double smoothing, std::int64_t workspace,
+                           int threads) {
+  InfoNceProblem p = info_nce_problem(sizes, addresses);
+  with_element(p, [&](auto element) {
+    gradients<decltype(element), float>(p, pointer<const float>(row_terms),
+                                        pointer<const float>(column_terms), out, smoothing,
+                                        workspace, threads);
+  });
+}
+
+void info_nce_losses_bwd_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+                             std::uintptr_t dloss, std::int64_t dloss_stride,
+                             std::uintptr_t row_lse, std::uintptr_t column_lse,
+                             const InfoNceGradients& out, double smoothing, std::uintptr_t counts,
+                             std::int64_t workspace, int threads) {
+  InfoNceProblem p = info_nce_problem(sizes, addresses);
+  auto terms = [&](std::uintptr_t lse, std::int64_t n) {
+    return lse ? terms_of(pointer<const float>(lse), pointer<const float>(dloss), dloss_stride, n,
+                          column_lse ? 0.5f : 1.0f, smoothing, pointer<const float>(counts),
+                          p.columns)
+               : std::vector<float>();
+  };
+  std::vector<float> row = terms(row_lse, p.rows), column = terms(column_lse, p.columns);
+  with_element(p, [&](auto element) {
+    using E = decltype(element);
+    gradients<E, E>(p, row.data(), column_lse ? column.data() : nullptr, out, smoothing, workspace,
+                    threads);
+  });
+}
 
 void info_nce_fwd_cpu(const InfoNceSizes& sizes, const InfoNceAddresses& addresses,
                       std::uintptr_t row_stats, std::int64_t row_stride,
@@ -119,7 +239,7 @@ void info_nce_fwd_cpu(const InfoNceSizes& sizes, const InfoNceAddresses& address
   InfoNceBlock b = info_nce_block(sizes, addresses);
   auto run = [&](auto type) {
     using T = decltype(type);
-    fwd(b, pointer<T>(row_stats), row_stride, pointer<T>(column_stats), threads);
+    fwd<T, float>(b, pointer<T>(row_stats), row_stride, pointer<T>(column_stats), nullptr, threads);
   };
   b.float64 ? run(double()) : run(float());
 }

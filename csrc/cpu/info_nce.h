@@ -13,7 +13,7 @@ namespace fastxm {
 // out, but for the positive.
 struct InfoNceBlock {
   std::int64_t float64, rows, columns, target;
-  // where panels are given they times x make the products, which are written unless products is 0
+  // where panels are given they times x make the products, and there is no address of them
   std::int64_t bf16, depth, x_stride;
   std::uintptr_t x, panels, products, row_factor, column_factor, row_labels, column_labels;
 };
@@ -43,5 +43,48 @@ void info_nce_bwd_cpu(const InfoNceSizes& sizes, const InfoNceAddresses& address
                       std::uintptr_t row_terms, std::int64_t row_stride,
                       std::uintptr_t column_terms, double smoothing, bool out_bf16,
                       std::uintptr_t out, int threads);
+
+// All logits of rows x [rows, depth] and y [columns, depth], contiguous, of float32, or of bfloat16
+// and an even depth; rest as above. kept: 0, or a tile of `info_nce_kept_cpu` bytes for each
+// kTile rows and kStrip columns, which the forward writes and the backward reads.
+struct InfoNceProblem {
+  std::int64_t bf16, rows, columns, depth, target;
+  std::uintptr_t x, y, row_factor, column_factor, row_labels, column_labels, kept;
+};
+using InfoNceProblemSizes = std::array<std::int64_t, 5>;
+
+inline InfoNceProblem info_nce_problem(const InfoNceProblemSizes& s, const InfoNceAddresses& a) {
+  return {s[0], s[1], s[2], s[3], s[4], a[0], a[1], a[2], a[3], a[4], a[5], a[6]};
+}
+
+// rows and columns of a tile, bytes of a kept one of float32 and of bfloat16
+std::array<std::int64_t, 4> info_nce_kept_cpu();
+
+// row_stats [6, rows] and column_stats [5, columns], as above. workspace: bytes to keep within
+void info_nce_sums_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+                       std::uintptr_t row_stats, std::uintptr_t column_stats,
+                       std::int64_t workspace, int threads);
+
+// results: losses [rows]; log-sum-exps, entropies and hits of rows [3, rows] and, 0 if only rows
+// count, of columns [3, columns]. counts: of each row's candidates, or 0 for all
+void info_nce_losses_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+                         const std::array<std::uintptr_t, 3>& results, double smoothing,
+                         std::uintptr_t counts, std::int64_t workspace, int threads);
+
+// gradients of x, y, row_factor and column_factor, all float32, from the terms of
+// info_nce_bwd_cpu
+using InfoNceGradients = std::array<std::uintptr_t, 4>;
+void info_nce_sums_bwd_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+                           std::uintptr_t row_terms, std::uintptr_t column_terms,
+                           const InfoNceGradients& gradients, double smoothing,
+                           std::int64_t workspace, int threads);
+
+// the same from the gradient of each loss, dloss_stride apart, and all log-sum-exps; those of x
+// and y are of their dtype
+void info_nce_losses_bwd_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+                             std::uintptr_t dloss, std::int64_t dloss_stride,
+                             std::uintptr_t row_lse, std::uintptr_t column_lse,
+                             const InfoNceGradients& gradients, double smoothing,
+                             std::uintptr_t counts, std::int64_t workspace, int threads);
 
 }  // namespace fastxm

@@ -9,10 +9,11 @@
 namespace fastxm {
 namespace {
 
-constexpr std::int64_t kStrip = 4 * kPanel;  // columns of a tile
-constexpr std::int64_t kTile = 24;           // rows of a tile: 24 KB of float32, hot in the cache
-constexpr double kNothing = -1e30;           // reference of no entries
-constexpr int kNear = 16;                    // how far apart exponents may share a reference
+constexpr std::int64_t kStrip = 4 * kPanel;    // columns of a tile
+constexpr std::int64_t kTile = 24;             // rows of a tile: 24 KB of float32, hot in the cache
+constexpr double kNothing = -1e30;             // reference of no entries
+constexpr int kNear = 16;                      // how far apart exponents may share a reference
+constexpr std::int64_t kStride = kStrip + 16;  // of a tile that is read by columns too
 
 // softmax below this share is rounding noise, and denormal numbers slow the products that follow
 FASTXM_INLINE float probability(float t) { return t < -69.0f ? 0.0f : exp_fast(t); }
@@ -91,32 +92,57 @@ FASTXM_INLINE T reference_of(T top) {
   return top == T(-INFINITY) ? T(kNothing) : top;
 }
 
+// -inf, the maximum of nothing, is near everything
 template <class T>
 FASTXM_INLINE bool all_near(const T* values, std::int64_t n, T reference) {
   int far = 0;
 #pragma omp simd reduction(| : far)
-  for (std::int64_t i = 0; i < n; ++i) far |= !(std::abs(values[i] - reference) <= kNear);
+  for (std::int64_t i = 0; i < n; ++i)
+    far |= !(std::abs(values[i] - reference) <= kNear || values[i] == T(-INFINITY));
   return !far;
 }
 
+// What is kept of a tile: e = exp(s - reference), which both directions share; nothing, and a
+// reference of NaN, where their maxima lie too far apart for that. Rounding e to bfloat16 costs a
+// gradient of bfloat16 no more than its own rounding: the positives' logits are not rounded.
+template <class E>
+struct alignas(64) Kept {
+  float reference, positives[31];  // logits of the rows' positives
+  E e[kTile * kStrip];
+};
+
 // statistics of the tile's rows are written, [5] of stride row_stride; those of its columns are
-// joined into columns [5, kStrip]
-template <class T>
-FASTXM_INLINE void fwd_tile_of(const Tile<T>& t, T* row, std::int64_t row_stride, T* columns) {
+// joined into columns [5, kStrip]; kept: 0 if nothing is
+template <class T, class E>
+FASTXM_INLINE void fwd_tile_of(const Tile<T>& t, T* row, std::int64_t row_stride, T* columns,
+                               Kept<E>* kept) {
   T row_top[kTile], top[kStrip], exps[kStrip] = {}, dots[kStrip] = {}, plain[kStrip] = {};
   scale_tile(t, row_top, top);
   T highest = T(-INFINITY);
   for (std::int64_t i = 0; i < t.rows; ++i) highest = std::max(highest, row_top[i]);
-  // where the maxima of all columns are near, one exponential serves a row and a column
-  bool one = !t.column_labels && all_near(top, t.width, highest);
+  // where all maxima are near, one exponential serves a row and a column, and can be kept
+  bool near = highest > T(-INFINITY) && all_near(top, t.width, highest) &&
+              all_near(row_top, t.rows, highest);
+  bool one = near && !t.column_labels;
+  if (kept) kept->reference = near ? static_cast<float>(highest) : NAN;
   for (std::int64_t i = 0; i < t.rows; ++i) {
     const T* s = t.s + i * kStrip;
     T reference = reference_of(row_top[i]), sum = 0, dot = 0, total = 0;
-    if (one) {
-      T shift = exp_fast(reference - highest);
+    E* keep = kept && near ? kept->e + i * kStrip : nullptr;
+    T shift = exp_fast(reference - highest);
+    if (one && keep) {
 #pragma omp simd reduction(+ : sum, dot, total)
       for (std::int64_t j = 0; j < t.width; ++j) {
-        T e = exp_fast(s[j] - reference);
+        T e = probability(s[j] - reference);
+        sum += e, dot += e * s[j], total += s[j];
+        e *= shift;
+        exps[j] += e, dots[j] += e * s[j], plain[j] += s[j];
+        from_float(e, keep[j]);
+      }
+    } else if (one) {
+#pragma omp simd reduction(+ : sum, dot, total)
+      for (std::int64_t j = 0; j < t.width; ++j) {
+        T e = probability(s[j] - reference);
         sum += e, dot += e * s[j], total += s[j];
         e *= shift;
         exps[j] += e, dots[j] += e * s[j], plain[j] += s[j];
@@ -129,7 +155,13 @@ FASTXM_INLINE void fwd_tile_of(const Tile<T>& t, T* row, std::int64_t row_stride
         e = exp_fast(s[j] - reference_of(top[j]));
         exps[j] += e, dots[j] += e * x, plain[j] += x;
       }
+      if (keep) {
+#pragma omp simd
+        for (std::int64_t j = 0; j < t.width; ++j) from_float(probability(s[j] - highest), keep[j]);
+      }
     }
+    std::int64_t at = t.target + i;
+    if (kept && at >= 0 && at < t.width) kept->positives[i] = s[at];
     store({reference, sum, dot, total, row_top[i]}, row + i, row_stride);
   }
 #pragma omp simd
@@ -199,6 +231,48 @@ FASTXM_INLINE void bwd_tile_of(const Tile<T>& t, const Terms<T>& terms, Out* out
     for (std::int64_t j = 0; j < t.width; ++j) {
       T ds = s[j] == T(-INFINITY) ? T(0) : value[j] * (factor * t.column_factor[j]);
       from_float(ds, out[i * out_stride + j]);
+    }
+  }
+}
+
+// the same from what is kept of the tile
+template <class E>
+FASTXM_INLINE void kept_tile_of(const Tile<float>& t, const Terms<float>& terms,
+                                const Kept<E>& kept, float* out, std::int64_t out_stride) {
+  float shares[kStrip] = {}, even_columns[kStrip] = {};
+  const float* lses = terms.columns;
+  const float* weights = lses + terms.column_stride;
+  const float* evens = weights + terms.column_stride;
+  if (lses) {
+#pragma omp simd
+    for (std::int64_t j = 0; j < t.width; ++j) {
+      shares[j] = weights[j] * probability(kept.reference - lses[j]);
+      even_columns[j] = evens[j];
+    }
+  }
+  for (std::int64_t i = 0; i < t.rows; ++i) {
+    const E* e = kept.e + i * kStrip;
+    const float* row = terms.rows + i;
+    const float even = row[2 * terms.row_stride], factor = t.row_factor[i];
+    const float share = row[terms.row_stride] * probability(kept.reference - row[0]);
+    float* to = out + i * out_stride;
+#pragma omp simd
+    for (std::int64_t j = 0; j < t.width; ++j) {
+      float value = to_float(e[j]) * (share + shares[j]);
+      value = std::abs(value) < 1e-36f ? 0.0f : value;  // no denormal numbers, as above
+      to[j] = (value - (even + even_columns[j])) * (factor * t.column_factor[j]);
+    }
+    std::int64_t at = t.target + i;
+    if (t.column_labels) {
+      std::int64_t own = t.row_labels[i];
+#pragma omp simd
+      for (std::int64_t j = 0; j < t.width; ++j) to[j] = t.column_labels[j] == own ? 0.0f : to[j];
+    }
+    if (at >= 0 && at < t.width) {
+      float s = kept.positives[i],
+            value = positive_gradient(s, row, terms.row_stride, terms.smoothing);
+      if (lses) value += positive_gradient(s, lses + at, terms.column_stride, terms.smoothing);
+      to[at] = value * (factor * t.column_factor[at]);
     }
   }
 }

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastxm.ops import dispatch
-from fastxm.ops.info_nce_op import losses_of, rnorm, store
+from fastxm.ops import dispatch, info_nce_op
+from fastxm.ops.info_nce_op import rnorm, store
 from fastxm.ops.info_nce_ranks import across_ranks
 
 
@@ -89,10 +89,13 @@ def info_nce(
     if group is not None:
         losses, statistics, rows = across_ranks(*given, group, budget)
     else:
-        losses, *statistics, _ = losses_of(*given, offset, store(x, y, budget))
+        losses, *statistics, _ = info_nce_op.losses(*given, offset, store(x, y, budget))
         rows = len(x)
-    loss = losses if reduction == "none" else losses.sum()
-    loss = loss / rows if reduction == "mean" else loss
+    if reduction == "mean" and group is None:
+        loss = losses.mean()
+    else:
+        loss = losses if reduction == "none" else losses.sum()
+        loss = loss / rows if reduction == "mean" else loss
     return (loss, _metrics(*statistics[: 1 + symmetric])) if return_metrics else loss
 
 
@@ -102,9 +105,14 @@ def _factors(x: Tensor, y: Tensor, scale: float | Tensor, normalize: bool) -> tu
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(f"logit_scale is a number or one element, not {scale.shape}")
-        scale = scale.to(x.device, dtype).reshape(())
+        scale = scale.to(x.device, dtype)
+        scale = scale.reshape(()) if scale.ndim else scale
     if not normalize:
-        return x.new_ones(len(x), dtype=dtype) * scale, y.new_ones(len(y), dtype=dtype)
+        if isinstance(scale, Tensor):
+            a = scale.expand(x.shape[0])
+        else:
+            a = x.new_full(x.shape[:1], scale, dtype=dtype)
+        return a, y.new_ones(y.shape[:1], dtype=dtype)
     return rnorm(x, dtype) * scale, rnorm(y, dtype)
 
 

@@ -1,7 +1,7 @@
 """InfoNCE by blocks of rows, in O((N + M) D) memory: products, and one native pass over them.
 
-Where fastxm._C has a tile kernel for the dtype it makes the products too, and no logit leaves the
-cache; else the vendor's matrix product makes a block of them. The backward writes the gradient of
+The vendor's matrix product makes a block of logits: on a GPU, and on a CPU where `info_nce_tiles`
+has no tile kernel for the dtype. The backward writes the gradient of
 a block of logits, which two vendor products take on to x and y: in x's dtype, but in float32 for
 float16, in which the share of one pair in thousands would be 0.
 """
@@ -33,7 +33,7 @@ class _Logits:
         self.row_labels, self.labels = (
             None if which is None else which.long().contiguous() for which in (row_labels, labels)
         )
-        self.offset, self.panels = offset, gemm.pack(self.y)
+        self.offset = offset
 
     def blocks(self, width: int) -> list[slice]:
         """Rows, of which a block with `width` bytes a row has about BLOCK bytes."""
@@ -46,18 +46,17 @@ class _Logits:
         rows = max((here.stop - here.start for here in blocks), default=0)
         return blocks, self.x.new_empty(rows, len(self.y), dtype=dtype)
 
-    def tiles(self, here: slice, products: Tensor | None, *, ready: bool = False) -> tuple:
+    def tiles(self, here: slice, products: Tensor, *, ready: bool = False) -> tuple:
         """The arguments that say where the logits of these rows come from.
 
-        products: [n, M], where they are if `ready`, else to be written, or left out if None.
+        products: [n, M], where they are if `ready`, else to be written.
         """
-        if products is not None and not ready and self.panels is None:
+        if not ready:
             gemm.multiply(self.x[here], self.y.T, products)
-        panels = None if ready else self.panels
         (N, D), M = self.x[here].shape, len(self.y)
         sizes = (self.wide == torch.float64, N, M, self.offset + here.start, self.half, D, D)
         row_labels = None if self.row_labels is None else self.row_labels[here]
-        tensors = (self.x[here], panels, products, self.a[here], self.b, row_labels, self.labels)
+        tensors = (self.x[here], None, products, self.a[here], self.b, row_labels, self.labels)
         return sizes, tuple(0 if t is None else t.data_ptr() for t in tensors)
 
     def run(self, part: str, tiles: tuple, *arguments: Any) -> None:
@@ -86,15 +85,12 @@ def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor
     new = logits.a.new_empty
     row, column, kept = new(6, N), new(5, M), new(N if stored else 0, M)
     row[:5], column[:] = new_sums(row), new_sums(column)
-    if stored or logits.panels is not None:
-        blocks, room = logits.blocks(8 + M // 13), None  # bytes that the sums of a row take
+    if stored:
+        blocks, room = logits.blocks(8 + M // 13), kept  # bytes that the sums of a row take
     else:
         blocks, room = logits.room(logits.wide)
     for here in blocks:
-        if stored:
-            products = kept[here]
-        else:
-            products = None if room is None else room[: here.stop - here.start]
+        products = kept[here] if stored else room[: here.stop - here.start]
         tiles = logits.tiles(here, products)
         logits.run("fwd", tiles, row[:, here].data_ptr(), N, column.data_ptr())
     return row, column, kept
@@ -115,14 +111,16 @@ def gradients(
     )
     dx, dy = torch.empty_like(of_x), of_y.new_zeros(of_y.shape, dtype=logits.wide)
     blocks, room = logits.room(of_x.dtype)
-    products = None
-    if logits.panels is None and not ready:
+    products = kept
+    if not ready:
         products = room if of_x.dtype == logits.wide else torch.empty_like(room, dtype=logits.wide)
     for here in blocks:
         ds = room[: here.stop - here.start]
-        made = products if products is None else products[: len(ds)]
         logits.run(
-            *("bwd", logits.tiles(here, kept[here] if ready else made, ready=ready)),
+            *(
+                "bwd",
+                logits.tiles(here, products[here] if ready else products[: len(ds)], ready=ready),
+            ),
             *(row[:, here].data_ptr(), N, 0 if column is None else column.data_ptr()),
             *(smoothing, logits.half, ds.data_ptr()),
         )

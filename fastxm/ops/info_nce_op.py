@@ -1,18 +1,19 @@
 """InfoNCE as one op of PyTorch: which backend runs, what is kept, and autograd."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops import info_nce_blocks as blocks
 from fastxm.ops import info_nce_cuda as cuda
 from fastxm.ops import info_nce_reference as reference
+from fastxm.ops import info_nce_tiles as tiles
 from fastxm.ops import info_nce_triton as triton
 
-BACKENDS = {"reference": reference, "cpu": blocks, "cuda": cuda, "triton": triton}
+BACKENDS = {"reference": reference, "cpu": tiles, "cuda": cuda, "triton": triton}
 # elements whose products cost as much time as to write one product and read it again; elsewhere
 # products are made again: a GPU makes them faster, or the whole problem is one launch
 WORTH = {"cpu": 64}
@@ -22,9 +23,13 @@ def store(x: Tensor, y: Tensor, budget: int) -> bool:
     """Whether to keep the products for the backward: they fit, and are slower to make again.
 
     6 N M D operations for 8; but each product is written and read: 2 * itemsize bytes. With r
-    operations and c bytes a second that is less than 2 D operations from D = itemsize r / c on.
+    operations and c bytes a second that is less than 2 D operations from D = itemsize r / c on:
+    of bfloat16 both itemsize and the time of an operation are half.
     """
-    size = len(x) * len(y) * dispatch.wide_dtype(x, y).itemsize
+    itemsize = dispatch.wide_dtype(x, y).itemsize
+    if x.device.type == "cpu" and tiles.fits(x, y):
+        itemsize = 2 if tiles.halves(x, y) else 4
+    size = len(x) * len(y) * itemsize
     return size <= budget and x.shape[1] >= WORTH.get(x.device.type, math.inf)
 
 
@@ -46,29 +51,38 @@ def rnorm(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).square().sum(-1).clamp_min(1e-12).rsqrt()
 
 
-@torch.library.custom_op("fastxm::info_nce_fwd", mutates_args=())
-def losses_of(x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None, symmetric: bool,
-              smoothing: float, offset: int, stored: bool,
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _losses(x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None, symmetric: bool,
+            smoothing: float, offset: int, stored: bool,
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses [N], statistics of rows [3, N] and of columns [3, M] (or [3, 0]), kept products."""
-    with torch.autocast(x.device.type, enabled=False):
-        return backend(x, y).fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored)
+    given = (x, y, a, b, labels, symmetric, smoothing, offset, stored)
+    return _without_autocast(backend(x, y).fwd, x.device.type, given)
 
 
-@torch.library.custom_op("fastxm::info_nce_bwd", mutates_args=())
-def gradients_of(dloss: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None,
+def _gradients(dloss: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None,
          row_lse: Tensor, column_lse: Tensor, kept: Tensor, symmetric: bool, smoothing: float,
          offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
-    with torch.autocast(x.device.type, enabled=False):
-        return backend(x, y).bwd(dloss, x, y, a, b, *given)
+    given = (dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
+    return _without_autocast(backend(x, y).bwd, x.device.type, given)
+
+
+def _without_autocast(f: Callable[..., Any], device: str, given: tuple) -> Any:
+    if not torch.is_autocast_enabled(device):
+        return f(*given)
+    with torch.autocast(device, enabled=False):
+        return f(*given)
+
+
+losses_of = torch.library.custom_op("fastxm::info_nce_fwd", _losses, mutates_args=())
+gradients_of = torch.library.custom_op("fastxm::info_nce_bwd", _gradients, mutates_args=())
 
 
 @losses_of.register_fake
 def _(x, y, a, b, labels, symmetric, smoothing, offset, stored):
-    (N, M) = len(x), len(y)
-    shapes = ((N,), (3, N), (3, M if symmetric else 0), (N if stored else 0, M))
-    return tuple(a.new_empty(shape) for shape in shapes)
+    (N, M), tiled = (len(x), len(y)), backend(x, y) is tiles and tiles.fits(x, y)
+    kept = tiles.kept(x, y, stored) if tiled else a.new_empty(N if stored else 0, M)
+    shapes = ((N,), (3, N), (3, M if symmetric else 0))
+    return (*(a.new_empty(shape) for shape in shapes), kept)
 
 
 @gradients_of.register_fake
@@ -83,14 +97,43 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, dloss, *_):
+def _backward(ctx, dloss, *_, gradients=gradients_of):
     *inputs, row_stats, column_stats, kept = ctx.saved_tensors
     *options, _stored = ctx.options
     if torch.is_grad_enabled():
         grads = reference.differentiable_bwd(dloss, *inputs, *options)
     else:
-        grads = gradients_of(dloss, *inputs, row_stats[0], column_stats[0], kept, *options)
+        grads = gradients(dloss, *inputs, row_stats[0], column_stats[0], kept, *options)
     return (*grads, *(None,) * 5)
 
 
 losses_of.register_autograd(_backward, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The op without its registration, which takes longer than the work on a hundred rows."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _losses(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        return _backward(ctx, *cotangents, gradients=_gradients)
+
+
+def losses(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`losses_of`; the op that it is where PyTorch traces or transforms, else without."""
+    return (_Eager.apply if _runs_at_once(x) else losses_of)(x, *inputs)
+
+
+def _runs_at_once(x: Tensor) -> bool:
+    """Whether ops on x run as they are called: no torch.compile, functorch transform or mode."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )

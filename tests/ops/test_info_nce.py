@@ -6,7 +6,15 @@ from check import gradient, no_worse
 from formulas import info_nce_formula as formula
 from formulas import info_nce_metrics
 
-from fastxm.ops import backend, info_nce, info_nce_blocks, info_nce_op, info_nce_triton
+from fastxm.ops import (
+    backend,
+    gemm,
+    info_nce,
+    info_nce_blocks,
+    info_nce_op,
+    info_nce_tiles,
+    info_nce_triton,
+)
 from fastxm.ops.info_nce_op import losses_of
 
 SHAPES = [(1, 1, 1), (5, 5, 3), (33, 33, 65), (64, 64, 32), (130, 130, 17)]  # N, M, D
@@ -56,6 +64,31 @@ def test_forward(shape, options, dtype, device):
 def test_backward(shape, options, dtype, device):
     ours, plain = (gradient(bind(f, options, shape[1], device)) for f in (info_nce, formula))
     no_worse(ours, plain, *inputs(*shape, device, dtype))
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS[::5], ids=str)
+@pytest.mark.parametrize("how", ["several blocks", "vendor products"])
+def test_other_ways_of_a_cpu(how, options, dtype, monkeypatch):
+    if how == "several blocks":  # of 240 rows
+        monkeypatch.setattr(info_nce_tiles, "WORKSPACE", 1)
+    else:  # as without AVX-512
+        monkeypatch.setattr(gemm, "PACKED", ())
+    given = inputs(301, 301, 33, "cpu", dtype)
+    ours, plain = (bind(f, options, 301, "cpu") for f in (info_nce, formula))
+    no_worse(ours, plain, *given)
+    no_worse(gradient(ours), gradient(plain), *given)
+
+
+def test_what_is_kept():
+    # float32 up to N = 4096, bfloat16 where it is multiplied up to 5793; of few features nothing
+    half = info_nce_tiles.halves(*torch.empty(2, 1, 1, dtype=torch.bfloat16))
+    for dtype, most in ((torch.float32, 4096), (torch.bfloat16, 5792 if half else 4096)):
+        for n, expected in ((most, True), (most + 1, False)):
+            x = torch.empty(n, 64, dtype=dtype)
+            assert info_nce_op.store(x, x, 64 << 20) == expected
+            assert not info_nce_op.store(x[:, :63], x[:, :63], 64 << 20)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

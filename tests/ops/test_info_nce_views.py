@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from check import gradient, no_worse
 
-from fastxm.ops import backend, info_nce_blocks, info_nce_views
+from fastxm.ops import backend, info_nce_tiles, info_nce_views
 
 SHAPES = [(1, 1), (7, 3), (33, 65), (64, 17)]  # N, D
 
@@ -64,13 +64,13 @@ def test_half_the_products(leaf, monkeypatch):
     counts = {"sums": 0, "gradients": 0}
 
     def count(name, first):
-        f = getattr(info_nce_blocks, name)
+        f = getattr(info_nce_tiles, name)
 
         def counted(*given):
             counts[name] += len(given[first]) * len(given[first + 1])
             return f(*given)
 
-        monkeypatch.setattr(info_nce_blocks, name, counted)
+        monkeypatch.setattr(info_nce_tiles, name, counted)
 
     count("sums", 0)
     count("gradients", 2)

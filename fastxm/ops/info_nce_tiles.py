@@ -1,0 +1,130 @@
+"""InfoNCE on a CPU by the tile kernels of fastxm._C: one native call forward, and one backward.
+
+Forward: the products of a tile of 24 x 256 logits, and its sums while it is in the first level of
+the cache. Backward: gradients of the logits of some rows, from the products made again or from
+what the forward kept of each tile, exp(s - reference) in the dtype of the rows; then their
+products with y and x by the same kernels. Where there is no such kernel for the dtype,
+`info_nce_blocks` does it.
+"""
+
+import torch
+from torch import Tensor
+
+from fastxm import _C
+from fastxm.ops import dispatch, gemm
+from fastxm.ops import info_nce_blocks as blocks
+from fastxm.ops.info_nce_sums import Forward, candidates
+
+WORKSPACE = 32 << 20  # bytes that sums of rows, or gradients of logits, may take
+ROWS, COLUMNS, *BYTES = _C.info_nce_kept_cpu()  # of a tile
+
+
+def fits(x: Tensor, y: Tensor) -> bool:
+    """Whether the tile kernels multiply these rows."""
+    return bool(gemm.PACKED) and dispatch.wide_dtype(x, y) == torch.float32
+
+
+def halves(x: Tensor, y: Tensor) -> bool:
+    """Whether they multiply them as bfloat16, and not as float32."""
+    return x.dtype == y.dtype == torch.bfloat16 and torch.bfloat16 in gemm.PACKED
+
+
+def kept(x: Tensor, y: Tensor, stored: bool) -> Tensor:
+    """A place for what the forward keeps, a row a tile; of no tiles if it keeps nothing."""
+    tiles = -(-x.shape[0] // ROWS) * -(-y.shape[0] // COLUMNS) if stored else 0
+    return x.new_empty(tiles, BYTES[halves(x, y)], dtype=torch.uint8)
+
+
+def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor, Tensor]:
+    """As `info_nce_blocks.sums`."""
+    if not fits(x, y):
+        return blocks.sums(x, y, a, b, row_labels, labels, offset, stored)
+    row, column, tiles = a.new_empty(6, x.shape[0]), a.new_empty(5, y.shape[0]), kept(x, y, stored)
+    problem = _Problem(x, y, a, b, row_labels, labels, offset, tiles)
+    problem.run("sums", row.data_ptr(), column.data_ptr())
+    return row, column, tiles
+
+
+def gradients(
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, tiles
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `info_nce_blocks.gradients`."""
+    if not fits(x, y):
+        given = (x, y, a, b, row_labels, labels, offset, smoothing, tiles)
+        return blocks.gradients(row, column, *given)
+    problem = _Problem(x, y, a, b, row_labels, labels, offset, tiles)
+    row, column = row.contiguous(), None if column is None else column.contiguous()
+    terms = (row.data_ptr(), 0 if column is None else column.data_ptr())
+    return problem.gradients("sums_bwd", terms, smoothing)
+
+
+def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
+    if not fits(x, y):
+        return blocks.fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored)
+    (N, M), tiles = (x.shape[0], y.shape[0]), kept(x, y, stored)
+    loss, rows, columns = a.new_empty(N), a.new_empty(3, N), a.new_empty(3, M if symmetric else 0)
+    problem = _Problem(x, y, a, b, _own(labels, N, offset), labels, offset, tiles)
+    results = (loss.data_ptr(), rows.data_ptr(), columns.data_ptr() if symmetric else 0)
+    count = _counts(labels, smoothing, N, M, offset)
+    problem.run("losses", results, smoothing, 0 if count is None else count.data_ptr())
+    return loss, rows, columns, tiles
+
+
+def bwd(
+    dloss, x, y, a, b, labels, row_lse, column_lse, tiles, symmetric, smoothing, offset
+) -> tuple[Tensor, ...]:
+    if not fits(x, y):
+        options = (tiles, symmetric, smoothing, offset)
+        return blocks.bwd(dloss, x, y, a, b, labels, row_lse, column_lse, *options)
+    N, M = x.shape[0], y.shape[0]
+    problem = _Problem(x, y, a, b, _own(labels, N, offset), labels, offset, tiles)
+    lses = (row_lse.data_ptr(), column_lse.data_ptr() if symmetric else 0)
+    given = (dloss.data_ptr(), dloss.stride(0), *lses)
+    count = _counts(labels, smoothing, N, M, offset)
+    grads = problem.gradients(
+        "losses_bwd", given, smoothing, 0 if count is None else count.data_ptr()
+    )
+    return tuple(grad.to(t.dtype) for grad, t in zip(grads, (x, y, a, b)))
+
+
+def _own(labels: Tensor | None, N: int, offset: int) -> Tensor | None:
+    return None if labels is None else labels[offset : offset + N]
+
+
+def _counts(labels, smoothing, N, M, offset) -> Tensor | None:
+    """How many columns each row chooses from, where that is needed and differs from row to row."""
+    if labels is None or not smoothing:
+        return None
+    count = candidates(labels, N, M, offset)
+    assert isinstance(count, Tensor)
+    return count.float()
+
+
+class _Problem:
+    """What every call takes: sizes, and addresses of tensors that live as long as this."""
+
+    def __init__(self, x, y, a, b, row_labels, labels, offset, tiles) -> None:
+        self.features = x.shape[1]
+        self.x, self.y = gemm.operands(x, y)
+        half = self.x.dtype == torch.bfloat16
+        self.factors = a.float().contiguous(), b.float().contiguous()
+        wide = (
+            None if which is None else which.long().contiguous() for which in (row_labels, labels)
+        )
+        self.tensors = (self.x, self.y, *self.factors, *wide, tiles if tiles.shape[0] else None)
+        sizes = (half, x.shape[0], y.shape[0], self.x.shape[1], offset)
+        self.given = sizes, tuple(0 if t is None else t.data_ptr() for t in self.tensors)
+
+    def run(self, part: str, *arguments) -> None:
+        native = getattr(_C, f"info_nce_{part}_cpu")
+        native(*self.given, *arguments, WORKSPACE, dispatch.threads())
+
+    def gradients(self, part: str, terms: tuple, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype = torch.float32 if part == "sums_bwd" else self.x.dtype
+        grads = [torch.empty_like(t, dtype=dtype) for t in (self.x, self.y)]
+        grads += [torch.empty_like(t) for t in self.factors]
+        self.run(part, *terms, tuple(g.data_ptr() for g in grads), *options)
+        dx, dy, da, db = grads
+        if self.features < dx.shape[1]:
+            dx, dy = dx[:, : self.features], dy[:, : self.features]
+        return dx, dy, da, db
