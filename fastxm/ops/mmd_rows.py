@@ -9,7 +9,7 @@ from torch import Tensor
 from fastxm.ops import gemm
 from fastxm.ops.mmd_pairs import KINDS, Term
 
-BLOCK = 1 << 22  # pairs of rows that plain PyTorch holds at a time where it need not hold all
+BLOCK = 1 << 20  # pairs of rows that plain PyTorch holds at a time where it need not hold all
 
 
 @dataclass
