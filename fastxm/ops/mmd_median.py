@@ -13,9 +13,10 @@ from fastxm.ops import dispatch
 from fastxm.ops.mmd_checks import problem
 from fastxm.ops.mmd_kernels import RBF
 from fastxm.ops.mmd_pairs import distances
-from fastxm.ops.mmd_rows import BLOCK, centred
+from fastxm.ops.mmd_rows import centred
 
 DIGIT = 16  # bits
+BLOCK = 1 << 20  # pairs of rows at a time
 
 
 def median_heuristic(x: Tensor, y: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ from torch import Tensor
 from fastxm.ops import gemm
 from fastxm.ops.mmd_pairs import KINDS, Term
 
-BLOCK = 1 << 20  # pairs of rows that plain PyTorch holds at a time where it need not hold all
-
 
 @dataclass
 class Function:

@@ -7,7 +7,11 @@ from torch.utils.checkpoint import checkpoint
 from fastxm.ops import dispatch
 from fastxm.ops.mmd_checks import problem
 from fastxm.ops.mmd_kernels import Kernel
-from fastxm.ops.mmd_rows import BLOCK, centred
+from fastxm.ops.mmd_rows import centred
+
+# pairs of rows at a time: glibc gives blocks of more than 32 MiB back at once, where smaller ones
+# would leave holes between what autograd keeps of each
+BLOCK = 10 << 20
 
 
 def mmd2_and_variance(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,8 @@ def _sums(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]
         k = k.double()
         return k.sum(1), k.sum(0), _sq(k)
 
-    rows, columns, squares = [], y.new_zeros(len(y)).double(), y.new_zeros(()).double()
+    rows: list[Tensor] = []
+    columns, squares = y.new_zeros(len(y)).double(), y.new_zeros(()).double()
     n = max(1, BLOCK // len(y))
     for i, some in zip(range(0, len(x), n), x.split(n)):
         of_rows, of_columns, square = checkpoint(block, some, i, use_reentrant=False)
