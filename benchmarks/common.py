@@ -458,6 +458,9 @@ def main(
         write(folder / f"{op}.json", result | {"rows": clean(rows)})
         plot(rows, folder / f"{op}.png", f"{op}: {head}")
         print(f"\nwritten: {folder / op}.json", file=sys.stderr)
+    else:
+        print("\nnothing written: runs of --quick, --shapes or --providers need --out FOLDER",
+              file=sys.stderr)  # fmt: skip
     return rows
 
 

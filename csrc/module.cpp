@@ -16,6 +16,7 @@
 #include "cpu/simd.h"
 #ifdef FASTXM_CUDA
 #include "cuda/info_nce.h"
+#include "cuda/mmd.h"
 #include "cuda/modulation.h"
 #include "cuda/region_word.h"
 #endif
@@ -79,6 +80,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("info_nce_fwd_cuda", &fastxm::info_nce_fwd_cuda, release());
   m.def("info_nce_bwd_cuda", &fastxm::info_nce_bwd_cuda, release());
   m.def("info_nce_small_cuda", &fastxm::info_nce_small_cuda, release());
+  m.def("mmd_derivatives_cuda", &fastxm::mmd_derivatives_cuda, release());
+  m.def("mmd_parts_cuda", &fastxm::mmd_parts_cuda, release());
+  m.def("mmd_tile_cuda", &fastxm::mmd_tile_cuda, release());
   m.def("modulation_cuda", &fastxm::modulation_cuda, release());
   m.def("region_word_attention_cuda", &fastxm::region_word_attention_cuda, release());
   m.def("region_word_bwd_cuda", &fastxm::region_word_bwd_cuda, release());

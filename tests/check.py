@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from fastxm.ops import gemm
+
 ROOT = Path(__file__).parents[1]
+WHERE = ["emulated", *(["gpu"] if torch.cuda.is_available() else [])]  # CUDA kernels run
 
 
 def emulated(name: str, folder: Path) -> ctypes.CDLL:
@@ -23,6 +27,23 @@ def emulated(name: str, folder: Path) -> ctypes.CDLL:
                str(native / f"{name}.cpp"), "-o", str(library)]  # fmt: skip
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
+
+
+def products_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the products and the streams of a CPU's tensors be as those of a GPU's, for `emulated`
+    kernels."""
+
+    def multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
+        out.copy_(x.to(out.dtype) @ y.to(out.dtype))
+
+    def accumulate(out: Tensor, x: Tensor, y: Tensor) -> None:
+        out += x.to(out.dtype) @ y.to(out.dtype)
+
+    monkeypatch.setattr(gemm, "stream", lambda x: 0)
+    monkeypatch.setattr(gemm, "PACKED", gemm.HALVES)
+    monkeypatch.setattr(gemm, "pack", lambda y: None)
+    monkeypatch.setattr(gemm, "multiply", multiply)
+    monkeypatch.setattr(gemm, "accumulate", accumulate)
 
 
 def flatten(value: Any) -> list[Tensor]:

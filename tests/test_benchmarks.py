@@ -71,6 +71,18 @@ def test_what_a_machine_does_not_hold_or_takes_too_long_is_not_run(monkeypatch):
     assert script.too_long("eager", 8192, "cpu") is None
 
 
+def test_slow_peers_of_mmd_have_a_limit(capsys):
+    script = importlib.import_module("bench_mmd")
+    for name in ("geomloss online", "pykeops"):
+        assert sum(script.too_long(name, s["N"], s["D"], "cpu") is None
+                   for s in script.SHAPES["cpu"]) >= 2  # fmt: skip
+        assert "to keep the run short" in script.too_long(name, 2048, 256, "cpu")
+        assert script.too_long(name, 2048, 256, "cuda") is None
+    assert script.too_long("compiled", 1 << 20, 256, "cpu") is None
+    script.run(["--quick", "--device", "cpu", "--providers", "eager"])
+    assert "nothing written" in capsys.readouterr().err
+
+
 def test_memory_of_info_nce_grows_with_n_d():
     """The bound of the page, where the products of all pairs would not fit under it."""
     memory = importlib.import_module("memory")

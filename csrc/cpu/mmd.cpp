@@ -27,14 +27,8 @@ struct FlushToZero {
 };
 
 // a parallel region is not cloned for each instruction set, so what it calls is
-#define FASTXM_ROWS(T, Out)                                                            \
-  FASTXM_MULTIARCH void some_rows(const Rows<T>& rows, Out* weights, int64_t stride) { \
-    rows_of(rows, weights, stride);                                                    \
-  }
-FASTXM_ROWS(float, float)
-FASTXM_ROWS(float, bfloat16)
-FASTXM_ROWS(double, double)
-#undef FASTXM_ROWS
+FASTXM_MULTIARCH void some_rows(const Rows<float>& rows) { rows_of(rows); }
+FASTXM_MULTIARCH void some_rows(const Rows<double>& rows) { rows_of(rows); }
 
 // sums that a chunk of rows has of its own, for they are added up in the order of the chunks
 template <class T>
@@ -54,12 +48,12 @@ bool is_radial(const std::vector<Part<T>>& parts) {
   return parts.front().kind != MmdKind::polynomial;
 }
 
-template <class T, class Out>
-void chunk_of(const MmdTile& t, const std::vector<Part<T>>& parts, int64_t begin, Out* weights,
-              Sums<T>& sums) {
+template <class T>
+void chunk_of(const MmdTile& t, const std::vector<Part<T>>& parts, int64_t begin, Sums<T>& sums) {
   const FlushToZero guard;
   alignas(64) T scratch[kRows * kStrip];
   const int64_t end = std::min(begin + kChunk, t.N), element = t.bf16 ? 2 : sizeof(T);
+  auto* weights = pointer<char>(t.weights);
   for (int64_t i = begin; i < end; i += kRows)
     for (int64_t j = 0; j < t.M; j += kStrip) {
       const int64_t rows = std::min(kRows, end - i), width = std::min(kStrip, t.M - j);
@@ -89,20 +83,22 @@ void chunk_of(const MmdTile& t, const std::vector<Part<T>>& parts, int64_t begin
                             pointer<T>(t.x_slopes) + i,
                             sums.potentials.data() + j,
                             sums.slopes.data() + j,
-                            sums.derivatives.data()};
-      some_rows(here, weights ? weights + i * t.M + j : weights, t.M);
+                            sums.derivatives.data(),
+                            t.bf16 != 0,
+                            weights ? weights + (i * t.M + j) * element : weights,
+                            t.M};
+      some_rows(here);
     }
 }
 
-template <class T, class Out>
-void tile(const MmdKernel& kernel, const MmdTile& t, Out* weights, int threads) {
+template <class T>
+void tile(const MmdKernel& kernel, const MmdTile& t, int threads) {
   const std::vector<Part<T>> parts = parts_of<T>(kernel);
   const int64_t chunks = (t.N + kChunk - 1) / kChunk;
   if (t.N * t.M < kSmall) threads = 1;
   std::vector<Sums<T>> sums(chunks, Sums<T>(t.M, kernel.size));
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    chunk_of(t, parts, chunk * kChunk, weights, sums[chunk]);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) chunk_of(t, parts, chunk * kChunk, sums[chunk]);
   for (const Sums<T>& own : sums) {
     if (t.y_potentials) add(pointer<T>(t.y_potentials), own.potentials.data(), t.M);
     if (t.y_slopes) add(pointer<T>(t.y_slopes), own.slopes.data(), t.M);
@@ -194,8 +190,11 @@ void visit(const std::vector<Part<T>>& parts, const Sample<T>& x, const Sample<T
                           x.slopes,
                           sums + j,
                           sums + m + j,
-                          derivatives};
-    some_rows(rows, products + j, m);
+                          derivatives,
+                          false,
+                          products + j,
+                          m};
+    some_rows(rows);
   }
   if (x.gradient) small_spread(products, m, 1, n, m, y.z, D, x.gradient);
   if (!other_potentials) return;
@@ -255,12 +254,7 @@ void mmd_tile_cpu(const MmdKernelNumbers& kernel_numbers, const MmdTileNumbers& 
                   int threads) {
   const auto kernel = mmd_struct<MmdKernel>(kernel_numbers);
   const auto t = mmd_struct<MmdTile>(numbers);
-  if (kernel.wide)
-    tile<double>(kernel, t, pointer<double>(t.weights), threads);
-  else if (t.bf16)
-    tile<float>(kernel, t, pointer<bfloat16>(t.weights), threads);
-  else
-    tile<float>(kernel, t, pointer<float>(t.weights), threads);
+  kernel.wide ? tile<double>(kernel, t, threads) : tile<float>(kernel, t, threads);
 }
 
 void mmd_problems_cpu(const MmdKernelNumbers& kernel_numbers, const MmdProblemNumbers& numbers,

@@ -108,11 +108,28 @@ struct Rows {
   T *x_potentials, *x_slopes;  // [rows], added to
   T *y_potentials, *y_slopes;  // [width], added to, of this thread
   double* derivatives;         // of all parts, added to
+  bool bf16;                   // weights are of bfloat16, else of T
+  void* weights;               // [rows, weight_stride], 0 where they are not wanted
+  int64_t weight_stride;
 };
 
-// weights: 0 where they are not wanted
+// writes a row of weights, gives what it holds to the columns, and returns its sum
 template <class T, class Out>
-FASTXM_INLINE void rows_of(const Rows<T>& r, Out* weights, int64_t weight_stride) {
+FASTXM_INLINE T write_weights(const T* w, const T* right, T scale, int64_t n, Out* out,
+                              T* y_slopes) {
+  T slope = 0;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) from_float(w[j] * scale * right[j], out[j]);
+#pragma omp simd reduction(+ : slope)
+  for (int64_t j = 0; j < n; ++j) {
+    slope += to_float(out[j]);
+    y_slopes[j] += to_float(out[j]);
+  }
+  return slope;
+}
+
+template <class T>
+FASTXM_INLINE void rows_of(const Rows<T>& r) {
   Strip<T> a;
   // of locals the compiler knows that nothing else changes them, and so it vectorises
   const int64_t n = r.width;
@@ -151,22 +168,22 @@ FASTXM_INLINE void rows_of(const Rows<T>& r, Out* weights, int64_t weight_stride
     }
     if (dropped) k[own] = 0;
     if (dropped || (crossed && r.radial)) w[own] = 0;
-    T potential = 0, slope = 0;
+    T potential = 0;
 #pragma omp simd reduction(+ : potential)
     for (int64_t j = 0; j < n; ++j) {
       potential += k[j] * right[j];
       y_potentials[j] += k[j] * weight;
     }
     r.x_potentials[i] += potential;
-    if (!weights) continue;
-    Out* out = weights + i * weight_stride;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) from_float(w[j] * scale * right[j], out[j]);
-#pragma omp simd reduction(+ : slope)
-    for (int64_t j = 0; j < n; ++j) {
-      slope += to_float(out[j]);
-      y_slopes[j] += to_float(out[j]);
+    if (!r.weights) continue;
+    const int64_t at = i * r.weight_stride;
+    T slope = 0;
+    if constexpr (sizeof(T) == 4) {
+      if (r.bf16)
+        slope = write_weights(w, right, scale, n, static_cast<bfloat16*>(r.weights) + at, y_slopes);
     }
+    if (!r.bf16)
+      slope = write_weights(w, right, scale, n, static_cast<T*>(r.weights) + at, y_slopes);
     r.x_slopes[i] += slope;
   }
 }

@@ -41,6 +41,8 @@ T* pointer(std::uintptr_t at) {
 // __expf errs by |x| ulp: the larger that is, the less exp x counts in a sum
 __device__ __forceinline__ float exp_fast(float x) { return __expf(x); }
 __device__ __forceinline__ double exp_fast(double x) { return exp(x); }
+__device__ __forceinline__ float log1p_fast(float x) { return log1pf(x); }
+__device__ __forceinline__ double log1p_fast(double x) { return log1p(x); }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ double to_float(double x) { return x; }

@@ -6,53 +6,56 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastxm.ops import dispatch, gemm, mmd_triton
-from fastxm.ops.mmd_pairs import Term
+from fastxm.ops import dispatch, gemm, mmd_cuda, mmd_triton
 from fastxm.ops.mmd_problems import many, ranges
+from fastxm.ops.mmd_reference import Options, unpack
 from fastxm.ops.mmd_rows import Function, Rows, finish, samples
 from fastxm.ops.mmd_tiles import Maker, native, plain, visit
 
-MAKERS: dict[str, Maker] = {"reference": plain, "cpu": native, "triton": mmd_triton.fused}
-TILE = {"reference": 2048, "cpu": 512, "triton": mmd_triton.TILE}
+MAKERS: dict[str, Maker] = {
+    "reference": plain,
+    "cpu": native,
+    "cuda": mmd_cuda.epilogue,
+    "triton": mmd_triton.fused,
+}
+TILE = {"reference": 2048, "cpu": 512, "cuda": mmd_cuda.TILE, "triton": mmd_triton.TILE}
 SMALL = 256  # rows of a problem that one thread of a CPU takes alone
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # x, y, a, b, c, parameters
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def backend(a: Tensor) -> str:
-    """The C++ tiles on a CPU, Triton's on a GPU, but float64 by the formula's; a: of the width."""
+def backend(a: Tensor, derivatives: bool) -> str:
+    """The C++ tiles on a CPU. On a GPU Triton, but CUDA for float64 and where the kernel's own
+    numbers get gradients, which Triton's kernel has not; else the formula's tiles. a: of the width.
+    """
     float64 = a.dtype == torch.float64
     offered = [name for name in MAKERS if not (name == "triton" and float64)]
     auto = "cpu" if a.device.type == "cpu" else "reference"
-    if a.is_cuda and "triton" in offered and not dispatch.missing("triton"):
-        auto = "triton"
+    if a.is_cuda:
+        first = ("cuda", "triton") if float64 or derivatives else ("triton", "cuda")
+        found = [name for name in first if name in offered and not dispatch.missing(name)]
+        auto = found[0] if found else "reference"
     return dispatch.choose("mmd", a.device, auto, offered)
 
 
 def forward(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    parameters: Tensor,
-    x_starts: Tensor | None,
-    y_starts: Tensor | None,
-    terms: list[Term],
-    drop_self: bool,
-    drop_paired: bool,
-    precision: str,
+    inputs: Inputs,
+    starts: tuple[Tensor | None, Tensor | None],
+    options: Options,
     wanted: Sequence[bool],
 ) -> Gradients:
-    """What `mmd_sums._fwd` returns."""
-    name, options = backend(a), (terms, drop_self, drop_paired, precision, wanted)
+    """What `mmd_sums._fwd` returns, of its arguments."""
+    x, y, a, b, c, parameters = inputs
+    name = backend(a, wanted[2])
+    x_starts, y_starts = starts
     if x_starts is None or y_starts is None:
-        return one(x, y, a, b, c, parameters, name, *options)
+        return one(inputs, name, options, wanted)
     x_places, y_places = ranges(x_starts, len(x)), ranges(y_starts, len(y))
     longest = max((p.stop - p.start for p in (*x_places, *y_places)), default=0)
     if name == "cpu" and longest <= SMALL:
-        given = (Function(terms, parameters), x, y, a, b, c, x_starts, y_starts)
-        return many(*given, (drop_self, drop_paired), wanted)  # type: ignore[return-value]
-    found = [one(x[i], y[j], a[i], b[j], c[g : g + 1], parameters, name, *options)
+        given = (Function(unpack(options.terms), parameters), x, y, a, b, c, x_starts, y_starts)
+        return many(*given, options[1:3], wanted)  # type: ignore[return-value]
+    found = [one((x[i], y[j], a[i], b[j], c[g : g + 1], parameters), name, options, wanted)
              for g, (i, j) in enumerate(zip(x_places, y_places))]  # fmt: skip
     return tuple(map(torch.cat, zip(*found)))  # type: ignore[return-value]
 
@@ -69,22 +72,12 @@ def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def one(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    parameters: Tensor,
-    name: str,
-    terms: list[Term],
-    drop_self: bool,
-    drop_paired: bool,
-    precision: str,
-    wanted: Sequence[bool],
-) -> Gradients:
+def one(inputs: Inputs, name: str, options: Options, wanted: Sequence[bool]) -> Gradients:
     """One problem, by tiles."""
-    radial, make, tile = terms[0].radial, MAKERS[name], TILE[name]
+    x, y, a, b, c, parameters = inputs
+    numbers, drop_self, drop_paired, precision = options
+    terms, make, tile = unpack(numbers), MAKERS[name], TILE[name]
+    radial = terms[0].radial
     half = precision == "bfloat16" and (name != "cpu" or torch.bfloat16 in gemm.PACKED)
     derivatives = c.new_zeros(len(parameters))
     function = Function(terms, parameters, derivatives if wanted[2] else None, precision)

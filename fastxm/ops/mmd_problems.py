@@ -69,7 +69,7 @@ def many(
                derivatives if wanted[2] else None]  # fmt: skip
     numbers = [len(c), x.shape[1], *drop]
     numbers += [0 if u is None else u.data_ptr() for u in tensors]
-    _C.mmd_problems_cpu(function.numbers(), numbers, dispatch.threads())
+    _C.mmd_problems_cpu(function.numbers(function.parameters), numbers, dispatch.threads())
     sums = torch.stack([_segments(u.double() * v.double(), s) for u, v, s in
                         ((a, p, starts[0]), (b, r, starts[1]), (a, q, starts[0]))], 1)  # fmt: skip
     if function.radial:

@@ -63,7 +63,7 @@ class _Visits:
     def __init__(self, x, y, a, b, c, parameters, o: Options, r: Ranks, wanted: list[bool]):
         self.o, self.r, self.wanted, self.terms = o, r, wanted, unpack(o.terms)
         self.rank, self.size, self.step = dist.get_rank(r.group), len(r.x_counts), 0
-        name = mmd_backends.backend(a)
+        name = mmd_backends.backend(a, wanted[2])
         self.how, self.packed = (mmd_backends.MAKERS[name], mmd_backends.TILE[name]), name == "cpu"
         self.coefficients = (2 * c[0, 0], 2 * c[0, 1], c[0, 2])
         self.totals, self.derivatives = c.new_zeros(3), c.new_zeros(len(parameters))

@@ -1,12 +1,13 @@
 """What a visit of tiles reads and adds to: the kernel, the rows of a sample, room for a tile."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fastxm.ops import gemm
-from fastxm.ops.mmd_pairs import Term
+from fastxm.ops.mmd_pairs import KINDS, Term
 
 
 @dataclass
@@ -27,11 +28,26 @@ class Function:
     def radial(self) -> bool:
         return self.terms[0].radial
 
-    def numbers(self) -> list[int]:
-        """MmdKernel of csrc/cpu/mmd.h."""
-        p = self.parameters
-        wide = p.dtype == torch.float64
-        return [wide, len(self.terms), len(p), self.kinds.data_ptr(), p.data_ptr()]
+    @cached_property
+    def stacked(self) -> Tensor:
+        """[2, parts], shapes and weights of the parts of all terms."""
+        return torch.cat(self._pairs(), 1)
+
+    @cached_property
+    def ascending(self) -> Tensor:
+        """As `stacked`, but the shapes of each term's Gaussians ascend; found without waiting."""
+        pairs = zip(self.terms, self._pairs())
+        return torch.cat([own[:, own[0].argsort()] if KINDS[term.kind] == "rbf" else own
+                          for term, own in pairs], 1)  # fmt: skip
+
+    def _pairs(self) -> list[Tensor]:
+        own = self.parameters.split([2 * term.parts for term in self.terms])
+        return [p.view(2, -1) for p in own]
+
+    def numbers(self, parameters: Tensor) -> list[int]:
+        """MmdKernel of csrc/cpu/mmd.h, with parameters as the native code takes them."""
+        wide, count = parameters.dtype == torch.float64, parameters.numel()
+        return [wide, len(self.terms), count, self.kinds.data_ptr(), parameters.data_ptr()]
 
 
 @dataclass
@@ -116,3 +132,9 @@ def finish(rows: Rows, exact: Tensor, radial: bool) -> Tensor:
         return exact.new_empty(0)
     gradient = rows.gradient
     return gradient.addcmul_(rows.slopes[:, None], exact, value=-1) if radial else gradient
+
+
+def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x and y less the mean of all rows: distances stay, and lose less to rounding."""
+    centre = (x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))
+    return x - centre, y - centre

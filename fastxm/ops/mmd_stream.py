@@ -90,7 +90,7 @@ def _pairs(
         for j, columns in _blocks(rows_of, y, i if x is y else 0, block):
             own = x is y and j == i
             given = (rows, rows if own else columns, rows.weight.new_ones(()), drop and own)
-            name = mmd_backends.backend(rows.weight)
+            name = mmd_backends.backend(rows.weight, False)
             how = (mmd_backends.MAKERS[name], mmd_backends.TILE[name])
             part = visit(function, *given, *how)[0].double().sum()
             found.append(part if own or x is not y else 2 * part)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastxm.ops import dispatch, mmd_reference
 from fastxm.ops.mmd_backends import forward
 from fastxm.ops.mmd_problems import per_row
-from fastxm.ops.mmd_reference import Options, unpack
+from fastxm.ops.mmd_reference import Options
 
 
 def kernel_sums(
@@ -67,11 +67,10 @@ def _fwd(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """S [G], and the gradients of each problem's: dx, dy, da, db, dc [G, 3], dparameters [G, P]."""
+    inputs = (x, y, a.contiguous(), b.contiguous(), c, parameters)
+    options = Options(terms, drop_self, drop_paired, precision)
     with torch.autocast(x.device.type, enabled=False):
-        return forward(
-            *(x, y, a.contiguous(), b.contiguous(), c, parameters, x_starts, y_starts),
-            *(unpack(terms), drop_self, drop_paired, precision, wanted),
-        )
+        return forward(inputs, (x_starts, y_starts), options, wanted)
 
 
 @_fwd.register_fake

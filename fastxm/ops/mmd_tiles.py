@@ -82,17 +82,35 @@ def native(
     products, weights = room.tile(n, m)
     if columns.panels is None:
         torch.mm(rows.z, columns.z.T, out=products)
-    half, w = rows.z.dtype == torch.bfloat16, weights if wanted(rows, columns) else None
-    tensors = [
-        *(rows.z, columns.panels, None if columns.panels is not None else products, w),
-        *(rows.norms, columns.norms, rows.weight, columns.weight, rows.scale, rows.potential),
-        *(columns.potential if mirrored else None, rows.slopes),
-        *(columns.slopes if mirrored else None, f.derivatives),
-    ]
-    numbers = [n, m, DIAGONALS.index(own), half, rows.z.shape[1]]
-    numbers += [0 if t is None else t.data_ptr() for t in tensors]
-    _C.mmd_tile_cpu(f.numbers(), numbers, dispatch.threads())
+    w = weights if wanted(rows, columns) else None
+    sums = (rows.potential, rows.slopes, columns.potential, columns.slopes)
+    made = None if columns.panels is not None else products
+    numbers = numbers_of(rows, columns, own, made, w, sums, mirrored, f.derivatives)
+    _C.mmd_tile_cpu(f.numbers(f.parameters), numbers, dispatch.threads())
     return w
+
+
+def numbers_of(
+    rows: Rows,
+    columns: Rows,
+    own: str,
+    products: Tensor | None,
+    weights: Tensor | None,
+    sums: tuple[Tensor, ...],
+    mirrored: bool,
+    derivatives: Tensor | None,
+) -> list[int]:
+    """MmdTile of csrc/cpu/mmd.h; sums: potentials and slopes of rows, then those of columns."""
+    x_potential, x_slopes, *of_columns = sums
+    y_potential, y_slopes = of_columns if mirrored else (None, None)
+    tensors = [
+        *(rows.z, columns.panels, products, weights, rows.norms, columns.norms),
+        *(rows.weight, columns.weight, rows.scale, x_potential, y_potential, x_slopes, y_slopes),
+        derivatives,
+    ]
+    half = rows.z.dtype == torch.bfloat16
+    numbers = [len(rows.z), len(columns.z), DIAGONALS.index(own), half, rows.z.shape[1]]
+    return numbers + [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def plain(

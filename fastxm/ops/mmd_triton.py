@@ -5,7 +5,6 @@ import importlib
 import torch
 from torch import Tensor
 
-from fastxm.ops.mmd_pairs import KINDS
 from fastxm.ops.mmd_rows import Function, Room, Rows
 from fastxm.ops.mmd_tiles import DIAGONALS, plain, wanted
 
@@ -21,7 +20,7 @@ def fused(
         return plain(f, rows, columns, own, mirrored, room)
     kernels = importlib.import_module("fastxm.kernels.mmd")
     w = room.tile(len(rows.z), len(columns.z))[1] if wanted(rows, columns) else None
-    shapes, weights = _parts(f)
+    shapes, weights = f.ascending
     kinds = [(term.kind, term.degree) for term in f.terms for _ in range(term.parts)]
     with torch.cuda.device_of(rows.z):
         of_rows, of_columns = kernels.tile(
@@ -35,16 +34,3 @@ def fused(
         columns.potential += of_columns[0]
         columns.slopes += of_columns[1]
     return w
-
-
-def _parts(f: Function) -> tuple[Tensor, Tensor]:
-    """Shapes and weights of all parts; those of Gaussians ascend, found without waiting."""
-    shapes, weights = [], []
-    for term, own in zip(f.terms, f.parameters.split([2 * t.parts for t in f.terms])):
-        shape, weight = own.split(term.parts)
-        if KINDS[term.kind] == "rbf":
-            shape, order = shape.sort()
-            weight = weight[order]
-        shapes.append(shape)
-        weights.append(weight)
-    return torch.cat(shapes), torch.cat(weights)

@@ -1,25 +1,25 @@
-"""What surrounds MMD in two-sample testing: its variance, permutation p-values, bandwidths."""
+"""What surrounds MMD in two-sample testing: its variance, and permutation p-values."""
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastxm.ops import dispatch
 from fastxm.ops.mmd_checks import problem
-from fastxm.ops.mmd_kernels import RBF, Kernel
-from fastxm.ops.mmd_pairs import off_diagonal
+from fastxm.ops.mmd_kernels import Kernel
+from fastxm.ops.mmd_rows import centred
 
-
-def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y less the mean of all rows: distances stay, and lose less to rounding."""
-    centre = (x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))
-    return x - centre, y - centre
+# pairs of rows at a time: glibc gives blocks of more than 32 MiB back at once, where smaller ones
+# would leave holes between what autograd keeps of each
+BLOCK = 10 << 20
 
 
 def mmd2_and_variance(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Unbiased MMD^2 and an unbiased estimate of the variance of it, for tests and their power.
 
     Args:
-        x, y: [N, D], N >= 4, any floating dtype. Memory is O(N^2).
+        x, y: [N, D], N >= 4, any floating dtype. Memory is O(N D), as the kernel's matrix comes in
+            blocks of rows, which the backward makes again.
         kernel: see mmd2. For kernels learned by power, maximise mmd2 / sqrt(max(variance, 1e-8)).
 
     Returns:
@@ -37,32 +37,52 @@ def mmd2_and_variance(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Ten
     if m < 4:
         raise ValueError(f"mmd2_and_variance needs 4 rows or more, not {m}")
     with torch.autocast(x.device.type, enabled=False):
-        xx, yy, xy = _matrices(x, y, kernel)
-        xx, yy = xx * off_diagonal(xx), yy * off_diagonal(yy)
-        a, b, p, q = xx.sum(1), yy.sum(1), xy.sum(1), xy.sum(0)
+        x, y = dispatch.wide(x, y)
+        if all(k.radial for k in kernel.terms):
+            x, y = centred(x, y)
+        (a, _, xx), (b, _, yy) = _sums(x, x, kernel), _sums(y, y, kernel)
+        p, q, xy = _sums(x, y, kernel)
         variance = (
             (2 / (m**2 * (m - 1) ** 2))
-            * (2 * _sq(a) - _sq(xx) + 2 * _sq(b) - _sq(yy))
+            * (2 * _sq(a) - xx + 2 * _sq(b) - yy)
             - ((4 * m - 6) / (m**3 * (m - 1) ** 3)) * (a.sum() ** 2 + b.sum() ** 2)
             + (4 * (m - 2) / (m**3 * (m - 1) ** 2)) * (_sq(p) + _sq(q))
-            - (4 * (m - 3) / (m**3 * (m - 1) ** 2)) * _sq(xy)
+            - (4 * (m - 3) / (m**3 * (m - 1) ** 2)) * xy
             - ((8 * m - 12) / (m**5 * (m - 1))) * p.sum() ** 2
             + (8 / (m**3 * (m - 1)))
             * ((a.sum() + b.sum()) * p.sum() / m - (a * p).sum() - (b * q).sum())
         )  # fmt: skip
         mean = (a.sum() + b.sum()) / (m * (m - 1)) - 2 * p.sum() / m**2
-        return mean, variance
+        return mean.to(x.dtype), variance.to(x.dtype)
 
 
 def _sq(t: Tensor) -> Tensor:
     return t.square().sum()
 
 
-def _matrices(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
-    x, y = dispatch.wide(x, y)
-    if all(k.radial for k in kernel.terms):
-        x, y = centred(x, y)
-    return kernel.matrix(x, x, same=True), kernel.matrix(y, y, same=True), kernel.matrix(x, y)
+def _sums(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the kernel's matrix sums of rows and of columns and the sum of squares, float64.
+
+    If y is x, its diagonal counts as 0.
+    """
+
+    def block(rows: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        k = kernel.matrix(rows, y)
+        if y is x:
+            own = torch.zeros_like(k, dtype=torch.bool)
+            own.diagonal(i).fill_(True)
+            k = k.masked_fill(own, 0)
+        k = k.double()
+        return k.sum(1), k.sum(0), _sq(k)
+
+    rows: list[Tensor] = []
+    columns, squares = y.new_zeros(len(y)).double(), y.new_zeros(()).double()
+    n = max(1, BLOCK // len(y))
+    for i, some in zip(range(0, len(x), n), x.split(n)):
+        of_rows, of_columns, square = checkpoint(block, some, i, use_reentrant=False)
+        rows.append(of_rows)
+        columns, squares = columns + of_columns, squares + square
+    return torch.cat(rows), columns, squares
 
 
 def mmd_permutation_test(
@@ -124,19 +144,3 @@ def _relabelled(
     # relabellings that only swap x and y tie up to the order of their sums
     rounding = 64 * torch.finfo(torch.float64).eps * (xx.abs() + yy.abs()).max()
     return xx + yy - 2 * crossing / (n * m), rounding
-
-
-def median_heuristic(x: Tensor, y: Tensor) -> Tensor:
-    """Median distance between two of the N + M rows, a common RBF bandwidth.
-
-    Args:
-        x, y: [N, D] and [M, D], any floating dtype. Memory is O((N + M)^2): take a subsample.
-
-    Returns:
-        a scalar without gradient, the mean of the two middle values of an even number, float32
-        (float64 for float64 inputs). RBF(median) is exp(-d^2 / (2 median^2)).
-    """
-    problem(x, y, RBF())
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        d = torch.pdist(torch.cat(dispatch.wide(x, y))).sort().values
-        return (d[(len(d) - 1) // 2] + d[len(d) // 2]) / 2

@@ -4,15 +4,14 @@ import ctypes
 
 import pytest
 import torch
-from check import emulated, gradient, no_worse
+from check import WHERE, emulated, gradient, no_worse, products_as_on_a_gpu
 from test_info_nce import OPTIONS, RECTANGLES, SHAPES, bind, formula, inputs
 
-from fastxm.ops import backend, gemm, info_nce, info_nce_op
+from fastxm.ops import backend, info_nce, info_nce_op
 from fastxm.ops import info_nce_blocks as blocks
 from fastxm.ops import info_nce_cuda as cuda
 from fastxm.ops.info_nce_sums import join
 
-WHERE = ["emulated", *(["gpu"] if torch.cuda.is_available() else [])]
 HOW = ["small", "blocks", "kept"]
 
 
@@ -58,18 +57,8 @@ def native(tmp_path_factory):
 
 def emulate(monkeypatch, native):
     """Lets the CPU's tensors take the way of a GPU's."""
-
-    def multiply(x, y, out):
-        out.copy_(x.to(out.dtype) @ y.to(out.dtype))
-
-    def accumulate(out, x, y):
-        out += x.to(out.dtype) @ y.to(out.dtype)
-
+    products_as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(blocks, "stream", lambda x: 0)
-    monkeypatch.setattr(gemm, "PACKED", gemm.HALVES)
-    monkeypatch.setattr(gemm, "pack", lambda y: None)
-    monkeypatch.setattr(gemm, "multiply", multiply)
-    monkeypatch.setattr(gemm, "accumulate", accumulate)
     monkeypatch.setattr(blocks, "_C", native)
     monkeypatch.setattr(cuda, "_C", native)
     monkeypatch.setitem(info_nce_op.BACKENDS, "cpu", cuda)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from check import gradient, no_worse
+from check import gradient, no_worse, peak_bytes
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import normalize
@@ -14,8 +14,10 @@ from fastxm.ops import (
     mmd2,
     mmd2_and_variance,
     mmd_backends,
+    mmd_median,
     mmd_permutation_test,
     mmd_sums,
+    mmd_two_sample,
 )
 from fastxm.ops.mmd import RBF, Energy, Laplace, Linear, Polynomial, RationalQuadratic
 from fastxm.ops.mmd_checks import stated
@@ -371,6 +373,63 @@ def test_golden_others():
     for kernel, value in overlapping.items():
         pairs = [mmd2(x[i : i + 2], y[i : i + 2], kernel, estimator="linear") for i in range(5)]
         assert abs(sum(pairs) / 5 - value) < 1e-9
+
+
+def dense_variance(x, y):
+    """The variance of specs in whole matrices, of one Gaussian."""
+    m, c = len(x), x.new_tensor(len(x)).double()
+    xx, yy, xy = (kernel_formula(RBF(3.0), u, v, u is v) for u, v in ((x, x), (y, y), (x, y)))
+    xx, yy = (k - torch.eye(m, dtype=k.dtype, device=k.device) for k in (xx, yy))
+    e, a, b = torch.ones_like(x[:, 0]), xx.sum(1), yy.sum(1)
+    p, q, squares = xy @ e, xy.T @ e, [(k * k).sum() for k in (xx, yy, xy)]
+    return (
+        2 / (c**2 * (c - 1) ** 2) * (2 * a @ a - squares[0] + 2 * b @ b - squares[1])
+        - (4 * c - 6) / (c**3 * (c - 1) ** 3) * (a.sum() ** 2 + b.sum() ** 2)
+        + 4 * (c - 2) / (c**3 * (c - 1) ** 2) * (p @ p + q @ q)
+        - 4 * (c - 3) / (c**3 * (c - 1) ** 2) * squares[2]
+        - (8 * c - 12) / (c**5 * (c - 1)) * p.sum() ** 2
+        + 8 / (c**3 * (c - 1)) * ((a.sum() + b.sum()) * p.sum() / c - a @ p - b @ q)
+    )
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    for module in (mmd_two_sample, mmd_median):
+        monkeypatch.setattr(module, "BLOCK", 1 << 10)
+
+
+def test_variance_by_blocks(device, small_blocks):
+    x, y = (t[0, :, :3] for t in samples(70, 70, 5, device, torch.float64))
+    plain = gradient(dense_variance)(x, y)
+    found = gradient(lambda x, y: mmd2_and_variance(x, y, RBF(3.0))[1])(x, y)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(mmd2_and_variance(x, y, RBF(3.0))[1], dense_variance(x, y))
+    p = torch.tensor([0.7, 1.4], dtype=torch.float64, device=device)
+    leaves = [t.clone().requires_grad_() for t in (x[:5], y[:5], p)]
+    for kernel in (RBF, lambda p: Laplace(p) + Linear(p[0])):
+        assert gradcheck(lambda x, y, p, k=kernel: mmd2_and_variance(x, y, k(p)), leaves)
+        assert gradgradcheck(lambda x, y, p, k=kernel: mmd2_and_variance(x, y, k(p)), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 1), (30, 33), (70, 71)])
+def test_median_by_blocks(n, m, dtype, device, small_blocks):
+    x, y = (t[0] for t in samples(n, m, 3, device, dtype))
+    d = torch.pdist(torch.cat([x, y]).double()).sort().values
+    middle = (d[(len(d) - 1) // 2] + d[len(d) // 2]) / 2
+    assert median_heuristic(x, y).dtype == dtype
+    torch.testing.assert_close(median_heuristic(x, y), middle.to(dtype))
+    same = torch.ones_like(x)
+    assert median_heuristic(same, same[:1]) == 0
+
+
+def test_memory_of_blocks(monkeypatch):
+    for module in (mmd_two_sample, mmd_median):
+        monkeypatch.setattr(module, "BLOCK", 1 << 13)
+    x, y = (torch.randn(600, 4, requires_grad=True) for _ in range(2))
+    matrix = 4 * 600 * 600
+    assert peak_bytes(lambda: mmd2_and_variance(x, y, RBF(3.0))[1].backward()) < matrix
+    assert peak_bytes(lambda: median_heuristic(x, y)) < 2 * matrix  # half of the 1,200 rows' pairs
 
 
 def test_closed_forms(device):

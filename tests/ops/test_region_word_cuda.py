@@ -5,14 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from check import emulated, gradient, no_worse
+from check import WHERE, emulated, gradient, no_worse, products_as_on_a_gpu
 from test_region_word import FORMS, SHAPES, both, draws, inputs
 
 from fastxm.ops import backend, gemm, region_word_scores
 from fastxm.ops import region_word_blocks as blocks
 from fastxm.ops import region_word_products as products
-
-WHERE = ["emulated", *(["gpu"] if torch.cuda.is_available() else [])]
 
 
 class Emulated:
@@ -42,12 +40,6 @@ def native(tmp_path_factory):
 def emulate(monkeypatch, native):
     """Lets the CPU's tensors take the way of a GPU's."""
 
-    def multiply(x, y, out):
-        out.copy_(x.to(out.dtype) @ y.to(out.dtype))
-
-    def accumulate(out, x, y):
-        out += x.to(out.dtype) @ y.to(out.dtype)
-
     def of(regions, words):
         half = regions.dtype == words.dtype and regions.dtype in gemm.HALVES
         wide = products.wide_dtype(regions, words)
@@ -56,9 +48,7 @@ def emulate(monkeypatch, native):
     def nothing(regions, words, keep):
         return (0, 0, 0)
 
-    monkeypatch.setattr(gemm, "stream", lambda x: 0)
-    monkeypatch.setattr(gemm, "multiply", multiply)
-    monkeypatch.setattr(gemm, "accumulate", accumulate)
+    products_as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(products, "of", of)
     monkeypatch.setattr(products, "tile_dtype", lambda regions, words: None)
     monkeypatch.setattr(products, "kept_shape", nothing)
