@@ -35,7 +35,7 @@ SMALL = {
                   "code": 4, "z_dim": 3, "gf": 4},
         "loop": LOOP, "df": 2, "batch_size": 4, "precision": "fp32",
     },
-    "mapping": {"families": ["mmd", "gan"], "loop": LOOP, "batch_size": 8},
+    "mapping": {"families": ["mmd", "gan"], "loop": LOOP, "batch_size": 8, "ema_decay": 0.5},
     "device": "cpu", "samples": 4,
 }  # fmt: skip
 
