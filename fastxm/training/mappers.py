@@ -11,7 +11,7 @@ L is `fastxm.losses.mmd_gan_g`; squares are means. Widths, step sizes and schedu
 released code (Das & Saha, arXiv:2112.04928); where it would take a logarithm of raw scores, for
 text to image, this is the WGAN of its comments. (Arjovsky et al., ICML 2017; C.-L. Li et al., NIPS
 2017; Y. Li et al., ICML 2015.) MMD-GAN's critic can be kept flat by spectral normalisation (Miyato
-et al., ICLR 2018) instead of clamped weights.
+et al., ICLR 2018) instead of clamped weights, and so can that of the GAN to text.
 """
 
 from abc import ABC, abstractmethod
@@ -71,6 +71,7 @@ class Mapper(ABC):
         kernel: of MMD.
         lr_scale: factor of the published step sizes.
         mmd_gan: what that family has of its own.
+        gan_critic: of the GAN to text, "free" or "spectral".
 
     Attributes:
         players: the map, "mapper", and its critic if it has one.
@@ -83,9 +84,10 @@ class Mapper(ABC):
         kernel: Kernel,
         lr_scale: float = 1.0,
         mmd_gan: MMDGANConfig | None = None,
+        gan_critic: str = "free",
     ):
         self.network, self.kernel, self.lr_scale = network, kernel, lr_scale
-        self.mmd_gan = mmd_gan or MMDGANConfig()
+        self.mmd_gan, self.gan_critic = mmd_gan or MMDGANConfig(), gan_critic
         self.updates = 0
         # a loss of the map itself that joins each of its updates
         self.anchor: Callable[[nn.Module], Tensor] = lambda network: torch.zeros(())
@@ -229,7 +231,8 @@ class GANToText(Mapper):
     losing: ClassVar[float] = 1.5
 
     def build(self) -> None:
-        critic = mlp((self.widths[1], 400, 200, 200, 200, 1))
+        linear = SpectralLinear if self.gan_critic == "spectral" else nn.Linear
+        critic = mlp((self.widths[1], 400, 200, 200, 200, 1), linear=linear)
         critic.to(next(self.network.parameters()).device)
         orthogonal_(self.network)
         orthogonal_(critic)

@@ -52,6 +52,9 @@ class MappingTraining:
     """Width of the maps' hidden layers."""
     ema_decay: float = 0.0
     """Decay of the moving average of the maps that is kept; 0 keeps the last (released)."""
+    gan_critic: Literal["free", "spectral"] = "free"
+    """Layers of the critic of the GAN to text: as they are (released), or divided by their largest
+    singular value."""
     mmd_gan: MMDGANConfig = field(default_factory=MMDGANConfig)
     """What this family has of its own."""
     bandwidths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -78,6 +81,8 @@ class MappingTraining:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not self.lr_scale > 0:
             raise ValueError(f"lr_scale must be above 0, not {self.lr_scale}")
+        if self.gan_critic not in ("free", "spectral"):
+            raise ValueError(f"gan_critic is free or spectral, not {self.gan_critic!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is in [0, 1), not {self.ema_decay}")
         if not self.bandwidths or not all(width > 0 for width in self.bandwidths):
@@ -247,7 +252,9 @@ class MappingRecipe(Recipe):
         )
         kernel = RBF(config.bandwidths)
         self.mappers: dict[str, Mapper] = {
-            name: make(maps[name][1:-1], kernel, config.lr_scale, config.mmd_gan)  # type: ignore[index]
+            name: make(  # type: ignore[index]
+                maps[name][1:-1], kernel, config.lr_scale, config.mmd_gan, config.gan_critic
+            )
             for name, make in MAPPERS[self.family].items()
         }
         self.maps, self.average = maps, EMA(maps, config.ema_decay, ramp=True)

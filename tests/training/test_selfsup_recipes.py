@@ -272,6 +272,19 @@ def test_training_brings_the_distributions_together(family, monkeypatch):
     assert distance() < before / 3
 
 
+def test_the_gan_s_critic_can_be_spectral():
+    torch.manual_seed(0)
+    ours = mappers.GANToText(mlp((6, 5, 5, 4)), DEFAULT, 5.0, gan_critic="spectral")
+    for _ in range(3):
+        ours.step(rows(8, 4), rows(8, 6))
+    layers = [m for m in ours.players["critic"].network if isinstance(m, nn.Linear)]
+    assert len(layers) == 5
+    for layer in layers:
+        for _ in range(50):  # of power iteration
+            layer.kernel()
+        assert abs(torch.linalg.matrix_norm(layer.kernel(), 2) - 1) < 0.1
+
+
 def test_draws_are_seen_in_standard_form():
     table = codes()
     to_image = code_map(4, [5], 6)
@@ -353,7 +366,8 @@ def test_mmd_gan_refuses(fields):
 @pytest.mark.parametrize(
     "fields",
     [{"families": ("vae",)}, {"families": ()}, {"families": ("mmd", "mmd")}, {"batch_size": 1},
-     {"lr_scale": 0}, {"ema_decay": 1.0}, {"hidden": 0}, {"bandwidths": (0.0,)}, {"anchor": "mse"},
+     {"lr_scale": 0}, {"ema_decay": 1.0}, {"gan_critic": "flat"}, {"hidden": 0},
+     {"bandwidths": (0.0,)}, {"anchor": "mse"},
      {"anchor_pairs": 1}, {"anchor_weight": -1}],
 )  # fmt: skip
 def test_mapping_refuses(fields):
