@@ -252,8 +252,12 @@ class MappingRecipe(Recipe):
         )
         kernel = RBF(config.bandwidths)
         self.mappers: dict[str, Mapper] = {
-            name: make(  # type: ignore[index]
-                maps[name][1:-1], kernel, config.lr_scale, config.mmd_gan, config.gan_critic
+            name: make(
+                maps[name][1:-1],  # type: ignore[index]
+                kernel,
+                config.lr_scale,
+                config.mmd_gan,
+                config.gan_critic,
             )
             for name, make in MAPPERS[self.family].items()
         }
