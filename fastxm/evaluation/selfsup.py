@@ -168,7 +168,10 @@ def captions(model: CrossModalAutoencoder, split: Split) -> dict[str, Any]:
 def maps(
     run: Path, name: str, model: CrossModalAutoencoder, split: Split, permutations: int, seed: int
 ) -> Table:
-    """MMD^2 of mapped and true codes: before and after training, and of a split, with p-value."""
+    """MMD^2 of mapped and true codes: before and after training, and of a split, with p-value.
+
+    Its floor is that of true codes and other true ones.
+    """
     codes = Codes.of(split.dataset, model.image, model.text)
     every = torch.arange(len(codes.mean))
     source = torch.Generator().manual_seed(seed)
@@ -187,8 +190,9 @@ def maps(
     for direction, (key, x, y) in pairs.items():
         figures = {}
         if known is not None:
-            before, after = known["before"][key], known["after"][key]
-            figures = {"before": before, "after": after, "fall": before / max(after, 1e-12)}
+            before, after, floor = (known[when][key] for when in ("before", "after", "floor"))
+            fall = before / max(after, 1e-12)
+            figures = {"before": before, "after": after, "fall": fall, "floor": floor}
         generator = torch.Generator(x.device).manual_seed(seed)
         statistic, p = mmd_permutation_test(x, y, DEFAULT, permutations, generator=generator)
         figures |= {split.name: statistic.item(), "p-value": p.item()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastxm.models.image_autoencoder import ImageAutoencoder, ImageAutoencoderConfig
 from fastxm.models.text_autoencoder import TextAutoencoder, TextAutoencoderConfig
 from fastxm.models.text_to_image import TextToImage, evaluating
-from fastxm.nn.mlp import Standardise, mlp
+from fastxm.nn.mlp import Standardise, Unstandardise, mlp
 
 Family = Literal["mmd_gan", "gan", "mmd"]
 LAYERS = {"mmd_gan": (2, 2), "gan": (2, 5), "mmd": (2, 2)}  # hidden, to text and to images
@@ -128,5 +128,6 @@ class CrossModalAutoencoder(TextToImage):
 
 
 def code_map(source: int, hidden: Sequence[int], target: int) -> nn.Sequential:
-    """Codes [B, source] to codes [B, target], standardised first once that is fitted."""
-    return nn.Sequential(Standardise(source), *mlp((source, *hidden, target)))
+    """Codes [B, source] to codes [B, target]; between them standard ones, once those are fitted."""
+    layers = mlp((source, *hidden, target))
+    return nn.Sequential(Standardise(source), *layers, Unstandardise(target))

@@ -114,16 +114,20 @@ class TextAutoencoder(Pretrained):
         tokens = tokens[order.to(tokens.device)]
         code = self.encode(tokens, lengths)
         state, word = (code, torch.zeros_like(code)), self.start.expand(len(code), -1)
-        told = torch.rand(tokens.shape[1]).tolist() if forced else []
-        logits, truth = [], []
+        told = torch.rand(tokens.shape[1]).tolist() if forced else [1.0] * tokens.shape[1]
+        true_words, out, truth = self.words(tokens).unbind(1), [], []
         for t in range(tokens.shape[1]):
             count = int((lengths > t).sum())  # captions as long as this
-            state = state[0][:count], state[1][:count]
-            out, state = self.next(word[:count], state)
-            logits.append(out)
+            state = self.decoder(word[:count], (state[0][:count], state[1][:count]))
+            out.append(state[0])
             truth.append(tokens[:count, t])
-            word = self.words(truth[-1] if told and told[t] < forced else out.argmax(1))
-        return torch.cat(logits), torch.cat(truth)
+            word = true_words[t] if told[t] < forced else self.words(self.likeliest(state[0]))
+        return self.output(torch.cat(out)), torch.cat(truth)
+
+    @torch.no_grad()
+    def likeliest(self, out: Tensor) -> Tensor:
+        """The likeliest words int64 [B] by the decoder's outputs [B, code]."""
+        return self.output(out).argmax(1)
 
     @torch.no_grad()
     def embed(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:

@@ -28,9 +28,18 @@ class Standardise(nn.Module):
         return (x - self.mean) / self.std
 
 
-def mlp(widths: Sequence[int], *, slope: float = 0.2) -> nn.Sequential:
+class Unstandardise(Standardise):
+    """Standard features [B, D] times a spread, and a mean: what `Standardise` takes away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+
+def mlp(
+    widths: Sequence[int], *, slope: float = 0.2, linear: type[nn.Linear] = nn.Linear
+) -> nn.Sequential:
     """Linear layers [B, widths[0]] -> [B, widths[-1]], leaky ReLUs of this slope between them."""
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), nn.LeakyReLU(slope)]
+        layers += [linear(a, b), nn.LeakyReLU(slope)]
     return nn.Sequential(*layers[:-1])

@@ -10,18 +10,21 @@ x are codes of the target space, y = G(source codes); no x is anybody's y.
 L is `fastxm.losses.mmd_gan_g`; squares are means. Widths, step sizes and schedules are those of the
 released code (Das & Saha, arXiv:2112.04928); where it would take a logarithm of raw scores, for
 text to image, this is the WGAN of its comments. (Arjovsky et al., ICML 2017; C.-L. Li et al., NIPS
-2017; Y. Li et al., ICML 2015.)
+2017; Y. Li et al., ICML 2015.) MMD-GAN's critic can be kept flat by spectral normalisation (Miyato
+et al., ICLR 2018) instead of clamped weights, and so can that of the GAN to text.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastxm import losses
 from fastxm.nn.mlp import mlp
+from fastxm.nn.spectral import SpectralLinear, normalised_once
 from fastxm.nn.stackgan import orthogonal_
 from fastxm.ops.mmd import Kernel
 from fastxm.training.recipe import Player
@@ -29,7 +32,35 @@ from fastxm.training.recipe import Player
 Source = Callable[[], Tensor]  # the next codes [B, D]
 CLIP = 5.0  # largest norm of a gradient
 CLAMP = 0.01  # largest weight of a critic that is kept flat by clipping
-HIDDEN = 512
+
+
+@dataclass(frozen=True)
+class MMDGANConfig:
+    """How MMD-GAN's maps are trained."""
+
+    critic: Literal["clamped", "spectral"] = "clamped"
+    """How its encoder is kept flat: weights of at most 0.01 (released), or layers divided by
+    their largest singular value."""
+    width: int = 512
+    """Of the critic's hidden layers."""
+    steps: tuple[int, int] = (100, 5)
+    """Updates of the critic to one of the map: at its first 25 and every 500th, and else."""
+    rank_weight: float = 16.0
+    """Weight of the one-sided term."""
+    lr: float | None = None
+    """Adam's step before `lr_scale`; published: 2e-4 to text codes, 2e-5 to image codes."""
+
+    def __post_init__(self) -> None:
+        if self.critic not in ("clamped", "spectral"):
+            raise ValueError(f"critic is clamped or spectral, not {self.critic!r}")
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, not {self.width}")
+        if len(self.steps) != 2 or min(self.steps) < 1:
+            raise ValueError(f"steps are two, each at least 1, not {self.steps}")
+        if not self.rank_weight >= 0:
+            raise ValueError(f"rank_weight must be at least 0, not {self.rank_weight}")
+        if self.lr is not None and not self.lr > 0:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
 
 
 class Mapper(ABC):
@@ -39,14 +70,24 @@ class Mapper(ABC):
         network: the map, [B, A] -> [B, D].
         kernel: of MMD.
         lr_scale: factor of the published step sizes.
+        mmd_gan: what that family has of its own.
+        gan_critic: of the GAN to text, "free" or "spectral".
 
     Attributes:
         players: the map, "mapper", and its critic if it has one.
         updates: of the map so far.
     """
 
-    def __init__(self, network: nn.Sequential, kernel: Kernel, lr_scale: float = 1.0):
+    def __init__(
+        self,
+        network: nn.Sequential,
+        kernel: Kernel,
+        lr_scale: float = 1.0,
+        mmd_gan: MMDGANConfig | None = None,
+        gan_critic: str = "free",
+    ):
         self.network, self.kernel, self.lr_scale = network, kernel, lr_scale
+        self.mmd_gan, self.gan_critic = mmd_gan or MMDGANConfig(), gan_critic
         self.updates = 0
         # a loss of the map itself that joins each of its updates
         self.anchor: Callable[[nn.Module], Tensor] = lambda network: torch.zeros(())
@@ -116,51 +157,60 @@ class MMDMapper(Mapper):
 class MMDGANMapper(Mapper):
     """Descends what an autoencoding critic ascends.
 
-    The critic's encoder is clamped before each of its updates, of which `schedule` has so many to
-    one of the map at its first 25 and every 500th, and so many else.
+    The critic's encoder is clamped before each of its updates, or spectrally normalised.
     """
 
     autoencoder_weight: ClassVar[float]
     lr: ClassVar[float]
-    schedule: tuple[int, int] = (100, 5)
 
     def build(self) -> None:
-        source, target = self.widths
+        (source, target), config = self.widths, self.mmd_gan
+        width = config.width
+        linear = SpectralLinear if config.critic == "spectral" else nn.Linear
         critic = nn.ModuleDict(
             {
-                "encoder": mlp((target, HIDDEN, HIDDEN, source)),
-                "decoder": mlp((source, HIDDEN, HIDDEN, target)),
+                "encoder": mlp((target, width, width, source), linear=linear),
+                "decoder": mlp((source, width, width, target)),
             }
         ).to(next(self.network.parameters()).device)
         normal_(self.network)
         normal_(critic)
-        betas = (0.5, 0.999)
+        lr, betas = config.lr or self.lr, (0.5, 0.999)
         self.players = {
-            "mapper": self.adam(self.network, self.lr, betas),
-            "critic": self.adam(critic, self.lr, betas),
+            "mapper": self.adam(self.network, lr, betas),
+            "critic": self.adam(critic, lr, betas),
         }
 
     @property
     def critic_steps(self) -> int:
-        many, few = self.schedule
+        many, few = self.mmd_gan.steps
         return many if self.updates < 25 or self.updates % 500 == 0 else few
 
     def step(self, real: Source, source: Source) -> dict[str, Tensor]:
         critic = self.players["critic"].network
         for _ in range(self.critic_steps):
-            clamp_(critic.encoder)  # type: ignore[arg-type]
+            if self.mmd_gan.critic == "clamped":
+                clamp_(critic.encoder)  # type: ignore[arg-type]
             critic_loss = self.update("critic", self.critic_loss(real(), self.fake(source)))
-        fx, fy = critic.encoder(real()), critic.encoder(self.network(source()))  # type: ignore[operator]
-        objective = losses.mmd_gan_g(fx, fy, self.kernel)
+        with normalised_once(critic):
+            fx, fy = critic.encoder(real()), critic.encoder(self.network(source()))  # type: ignore[operator]
+        objective = losses.mmd_gan_g(fx, fy, self.kernel, rank_weight=self.mmd_gan.rank_weight)
         return {"loss_d": critic_loss, "loss_g": self.update_map(objective)}
 
     def critic_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """What the critic descends, of codes x [N, D] and mapped ones y [M, D]."""
         encoder, decoder = self.players["critic"].network.children()
-        fx, fy = encoder(x), encoder(y)
+        with normalised_once(encoder):
+            fx, fy = encoder(x), encoder(y)
         pairs = ((decoder(fx), x), (decoder(fy), y))
-        weight = self.autoencoder_weight
-        return losses.mmd_gan_d(fx, fy, pairs, self.kernel, reconstruction_weight=weight)
+        return losses.mmd_gan_d(
+            fx,
+            fy,
+            pairs,
+            self.kernel,
+            rank_weight=self.mmd_gan.rank_weight,
+            reconstruction_weight=self.autoencoder_weight,
+        )
 
 
 class MMDGANToText(MMDGANMapper):
@@ -181,7 +231,8 @@ class GANToText(Mapper):
     losing: ClassVar[float] = 1.5
 
     def build(self) -> None:
-        critic = mlp((self.widths[1], 400, 200, 200, 200, 1))
+        linear = SpectralLinear if self.gan_critic == "spectral" else nn.Linear
+        critic = mlp((self.widths[1], 400, 200, 200, 200, 1), linear=linear)
         critic.to(next(self.network.parameters()).device)
         orthogonal_(self.network)
         orthogonal_(critic)

@@ -5,7 +5,7 @@ no pair enters a loss. With an anchor, a given number of pairs does.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from fastxm.models.text_autoencoder import TextAutoencoder
 from fastxm.ops import info_nce, mmd2
 from fastxm.ops.mmd import RBF
 from fastxm.training.draws import Draws
-from fastxm.training.mappers import MAPPERS, Mapper, MMDGANMapper
+from fastxm.training.ema import EMA
+from fastxm.training.mappers import MAPPERS, Mapper, MMDGANConfig
 from fastxm.training.precision import pick_device, seed_all
 from fastxm.training.recipe import Recipe, Samples, State
 from fastxm.training.trainer import LoopConfig
@@ -47,15 +48,22 @@ class MappingTraining:
     """Codes of each side in an update."""
     lr_scale: float = 1.0
     """Factor of the published step sizes."""
-    critic_steps: tuple[int, int] = (100, 5)
-    """Updates of MMD-GAN's critic to one of the map: at its first 25 and every 500th, and else."""
+    hidden: int = 512
+    """Width of the maps' hidden layers."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the maps that is kept; 0 keeps the last (released)."""
+    gan_critic: Literal["free", "spectral"] = "free"
+    """Layers of the critic of the GAN to text: as they are (released), or divided by their largest
+    singular value."""
+    mmd_gan: MMDGANConfig = field(default_factory=MMDGANConfig)
+    """What this family has of its own."""
     bandwidths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
     """Of the kernel, a sum of Gaussians."""
     stochastic: bool = True
     """Draw a picture's code from its Gaussian; else its mean stands for it."""
     standardise: bool = True
-    """Maps take codes less their mean, over their spread: codes that differ little from one another
-    are else all mapped to about the same. Released: as they are."""
+    """Maps and critics see all codes less their mean, over their spread: those that
+    differ little from one another are else all mapped to about the same. Released: as they are."""
     anchor: Literal["none", "l2", "info_nce"] = "none"
     """What draws the codes of given pairs together."""
     anchor_pairs: int = 200
@@ -68,13 +76,15 @@ class MappingTraining:
             raise ValueError(f"families are some of {', '.join(MAPPERS)}, not {self.families}")
         if len(set(self.families)) < len(self.families):
             raise ValueError(f"families come once each, not {self.families}")
-        for name, least in {"batch_size": 2, "anchor_pairs": 2}.items():
+        for name, least in {"batch_size": 2, "anchor_pairs": 2, "hidden": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not self.lr_scale > 0:
             raise ValueError(f"lr_scale must be above 0, not {self.lr_scale}")
-        if len(self.critic_steps) != 2 or min(self.critic_steps) < 1:
-            raise ValueError(f"critic_steps are two, each at least 1, not {self.critic_steps}")
+        if self.gan_critic not in ("free", "spectral"):
+            raise ValueError(f"gan_critic is free or spectral, not {self.gan_critic!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is in [0, 1), not {self.ema_decay}")
         if not self.bandwidths or not all(width > 0 for width in self.bandwidths):
             raise ValueError(f"bandwidths are above 0, not {self.bandwidths}")
         if self.anchor not in ("none", "l2", "info_nce"):
@@ -96,23 +106,32 @@ class CodeDraws:
         batch_size: B.
         stochastic: draw a picture's code from its Gaussian, by the global generator.
         seed: of the two generators.
+        see_image, see_text: what becomes of them, functions of codes [B, D] and [B, E].
     """
 
-    def __init__(self, codes: Codes, batch_size: int, *, stochastic: bool = True, seed: int = 0):
+    def __init__(
+        self,
+        codes: Codes,
+        batch_size: int,
+        *,
+        stochastic: bool = True,
+        seed: int = 0,
+        see_image: Callable[[Tensor], Tensor] = torch.asarray,
+        see_text: Callable[[Tensor], Tensor] = torch.asarray,
+    ):
         self.codes, self.stochastic = codes, stochastic
+        self.see_image, self.see_text = see_image, see_text
         self.images = Draws(codes.image_weight, batch_size, seed=2 * seed)
         self.texts = Draws(codes.text_weight, batch_size, seed=2 * seed + 1)
 
     def image(self) -> Tensor:
         """The next codes of pictures, [B, D]."""
         rows = next(self.images)
-        if not self.stochastic:
-            return self.codes.mean[rows]
-        return self.codes.image(rows)
+        return self.see_image(self.codes.image(rows) if self.stochastic else self.codes.mean[rows])
 
     def text(self) -> Tensor:
         """The next codes of captions, [B, E]."""
-        return self.codes.text[next(self.texts)]
+        return self.see_text(self.codes.text[next(self.texts)])
 
     def __iter__(self) -> Iterator[Self]:
         while True:
@@ -194,7 +213,7 @@ class MappingRecipe(Recipe):
         seed_all(self.seed, self.device)
         image = ImageAutoencoder.from_pretrained(self.image)
         text = TextAutoencoder.from_pretrained(self.text)
-        made_of = CrossModalConfig(image=image.config, text=text.config, family=self.family)
+        made_of = CrossModalConfig(image.config, text.config, self.family, config.hidden)
         self.model = CrossModalAutoencoder(made_of)
         self.model.image.load_state_dict(image.state_dict())
         self.model.text.load_state_dict(text.state_dict())
@@ -202,20 +221,7 @@ class MappingRecipe(Recipe):
         whole = open_dataset(self.data, image.config.image_size, "train")
         self.dataset = whole.select(principal(whole))
         self.codes = Codes.of(self.dataset, self.model.image, self.model.text)
-        self.batches = CodeDraws(
-            self.codes, config.batch_size, stochastic=config.stochastic, seed=self.seed
-        )
-        if config.standardise:
-            self.model.image_to_text[0].fit(self.codes.mean)  # type: ignore[operator]
-            self.model.text_to_image[0].fit(self.codes.text)  # type: ignore[operator]
-        kernel = RBF(config.bandwidths)
-        self.mappers: dict[str, Mapper] = {
-            name: make(getattr(self.model, name), kernel, config.lr_scale)
-            for name, make in MAPPERS[self.family].items()
-        }
-        for mapper in self.mappers.values():
-            if isinstance(mapper, MMDGANMapper):
-                mapper.schedule = config.critic_steps
+        self.build_maps()
         self.players = {
             f"{name}_{role}": player
             for name, mapper in self.mappers.items()
@@ -225,6 +231,40 @@ class MappingRecipe(Recipe):
             self.set_anchors()
         self.before = self.measure()
 
+    def build_maps(self) -> None:
+        """The maps, what trains them, and their averages, which are the model's."""
+        config, model = self.config, self.model
+        maps = nn.ModuleDict({name: getattr(model, name) for name in MAPPERS[self.family]})
+        if config.standardise:
+            for name, source, target in (
+                ("image_to_text", self.codes.mean, self.codes.text),
+                ("text_to_image", self.codes.text, self.codes.mean),
+            ):
+                maps[name][0].fit(source)  # type: ignore[index]
+                maps[name][-1].fit(target)  # type: ignore[index]
+        self.batches = CodeDraws(
+            self.codes,
+            config.batch_size,
+            stochastic=config.stochastic,
+            seed=self.seed,
+            see_image=model.image_to_text[0],
+            see_text=model.text_to_image[0],
+        )
+        kernel = RBF(config.bandwidths)
+        self.mappers: dict[str, Mapper] = {
+            name: make(
+                maps[name][1:-1],  # type: ignore[index]
+                kernel,
+                config.lr_scale,
+                config.mmd_gan,
+                config.gan_critic,
+            )
+            for name, make in MAPPERS[self.family].items()
+        }
+        self.maps, self.average = maps, EMA(maps, config.ema_decay, ramp=True)
+        for name, averaged in self.average.network.items():
+            setattr(model, name, averaged)
+
     def set_anchors(self) -> None:
         """Gives the maps the pairs: pictures drawn by weight, each with one of its captions."""
         config, count = self.config, min(self.config.anchor_pairs, len(self.dataset))
@@ -232,7 +272,8 @@ class MappingRecipe(Recipe):
         chance = self.dataset.weights / self.dataset.weights.sum()
         rows = source.choice(len(self.dataset), count, replace=False, p=chance)
         captions = [source.choice(self.dataset.captions[row]).item() for row in rows]
-        image, text = self.codes.mean[torch.from_numpy(rows)], self.model.text.embed(captions)
+        image = self.batches.see_image(self.codes.mean[torch.from_numpy(rows)])
+        text = self.batches.see_text(self.model.text.embed(captions))
         make = partial(Anchor, config.anchor, weight=config.anchor_weight)
         size = config.batch_size
         self.mappers["image_to_text"].anchor = make(image, text, batch_size=size)
@@ -242,20 +283,25 @@ class MappingRecipe(Recipe):
         metrics = self.mappers["image_to_text"].step(batch.text, batch.image)
         found = {f"{name}_to_text": value for name, value in metrics.items()}
         metrics = self.mappers["text_to_image"].step(batch.image, batch.text)
+        self.average.update(self.maps)
         return {**found, **{f"{name}_to_image": value for name, value in metrics.items()}}
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Unbiased MMD^2 of mapped codes and true ones, in the default kernel; draws on its own."""
+    def measure(self, *, floor: bool = False) -> dict[str, float]:
+        """Unbiased MMD^2 of true codes and mapped ones in the default kernel; draws on its own.
+
+        With `floor`, of true codes and other true ones: about 0, of either sign.
+        """
         state = torch.random.get_rng_state()
         torch.random.manual_seed(self.seed)
         draws = CodeDraws(self.codes, MEASURED, stochastic=self.config.stochastic, seed=12345)
         found = {}
-        for name, mapper in self.mappers.items():
-            real, fake = draws.text(), draws.image()
-            if name == "text_to_image":
-                real, fake = draws.image(), draws.text()
-            found[name] = mmd2(real, mapper.network(fake), estimator="unbiased").item()
+        for name in self.mappers:
+            to_text = name == "image_to_text"
+            true, source = (draws.text, draws.image) if to_text else (draws.image, draws.text)
+            real = true()
+            other = true() if floor else getattr(self.model, name)(source())
+            found[name] = mmd2(real, other, estimator="unbiased").item()
         torch.random.set_rng_state(state)
         return found
 
@@ -267,10 +313,11 @@ class MappingRecipe(Recipe):
 
     def state_dict(self) -> State:
         updates = {name: mapper.updates for name, mapper in self.mappers.items()}
-        return {**super().state_dict(), "updates": updates}
+        return {**super().state_dict(), "updates": updates, "average": self.average.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
+        self.average.load_state_dict(state["average"])
         for name, mapper in self.mappers.items():
             mapper.updates = state["updates"][name]
 
@@ -278,4 +325,5 @@ class MappingRecipe(Recipe):
         self.model.save_pretrained(directory)
         found = {"kernel": "RBF(1, 2, 4, 8, 16), unbiased", "rows": MEASURED}
         found = {**found, "before": self.before, "after": self.measure()}
+        found["floor"] = self.measure(floor=True)
         (directory / "mmd2.json").write_text(json.dumps(found, indent=1) + "\n")

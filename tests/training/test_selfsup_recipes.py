@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fastxm import losses
 from fastxm.data import open_dataset
 from fastxm.data.subsets import captions_alone
+from fastxm.models.selfsup import code_map
 from fastxm.nn.mlp import mlp
 from fastxm.nn.stackgan import JointDiscriminator
 from fastxm.ops.mmd import DEFAULT
@@ -161,7 +162,7 @@ def test_the_critic_s_schedule_and_clamp(monkeypatch):
     for ours.updates in (0, 24, 25, 499, 500, 501):
         planned.append(ours.critic_steps)
     assert planned == [100, 100, 5, 5, 100, 5]
-    ours.schedule = (20, 5)
+    ours.mmd_gan = mappers.MMDGANConfig(steps=(20, 5))
     assert ours.critic_steps == 5
     ours.step(rows(8, 4), rows(8, 6))
     assert done == ["critic"] * 5 + ["mapper"]
@@ -169,6 +170,26 @@ def test_the_critic_s_schedule_and_clamp(monkeypatch):
     encoder, decoder = ours.players["critic"].network.children()
     assert max(p.abs().max() for p in encoder.parameters()) <= 0.01
     assert max(p.abs().max() for p in decoder.parameters()) > 0.01
+
+
+def test_a_spectral_critic_is_flat_and_has_no_one_sided_term():
+    torch.manual_seed(0)
+    config = mappers.MMDGANConfig("spectral", width=7, steps=(9, 9), rank_weight=0.0, lr=1e-3)
+    ours = mappers.MMDGANToImage(mlp((4, 5, 5, 6)), DEFAULT, 2.0, config)
+    assert [p.optimizer.param_groups[0]["lr"] for p in ours.players.values()] == [2e-3, 2e-3]
+    f, g = ours.players["critic"].network.children()
+    for _ in range(3):
+        ours.step(rows(8, 6), rows(8, 4))
+    assert max(p.abs().max() for p in f.parameters()) > 0.01
+    for layer in f:
+        if isinstance(layer, nn.Linear):
+            assert abs(torch.linalg.matrix_norm(layer.kernel(), 2) - 1) < 0.1
+    f.eval()  # singular vectors stay
+    x, y = torch.randn(3, 6), torch.randn(5, 6)
+    fx, fy = f(x), f(y)
+    errors = F.mse_loss(g(fx), x) + F.mse_loss(g(fy), y)
+    expected = 8.0 * errors - losses.mmd_loss(fx, fy, DEFAULT, root=True)
+    torch.testing.assert_close(ours.critic_loss(x, y), expected)
 
 
 def test_the_wgan_clips_and_takes_four_steps_to_one():
@@ -251,6 +272,33 @@ def test_training_brings_the_distributions_together(family, monkeypatch):
     assert distance() < before / 3
 
 
+def test_the_gan_s_critic_can_be_spectral():
+    torch.manual_seed(0)
+    ours = mappers.GANToText(mlp((6, 5, 5, 4)), DEFAULT, 5.0, gan_critic="spectral")
+    for _ in range(3):
+        ours.step(rows(8, 4), rows(8, 6))
+    layers = [m for m in ours.players["critic"].network if isinstance(m, nn.Linear)]
+    assert len(layers) == 5
+    for layer in layers:
+        for _ in range(50):  # of power iteration
+            layer.kernel()
+        assert abs(torch.linalg.matrix_norm(layer.kernel(), 2) - 1) < 0.1
+
+
+def test_draws_are_seen_in_standard_form():
+    table = codes()
+    to_image = code_map(4, [5], 6)
+    to_image[0].fit(table.text)
+    to_image[-1].fit(table.mean)
+    raw = mapping.CodeDraws(table, 400, stochastic=False, seed=3)
+    seen = mapping.CodeDraws(table, 400, stochastic=False, seed=3, see_text=to_image[0])
+    text, given = raw.text(), seen.text()
+    torch.testing.assert_close(given, (text - table.text.mean(0)) / table.text.std(0, False))
+    expected = to_image[1:-1](given) * table.mean.std(0, False) + table.mean.mean(0)
+    torch.testing.assert_close(to_image(text), expected)
+    assert torch.equal(raw.image(), seen.image())
+
+
 def stepped(table: mapping.Codes, count: int = 3) -> dict[str, torch.Tensor]:
     """The weights of every family's maps after some steps on these codes."""
     found = {}
@@ -308,8 +356,18 @@ def test_anchors_are_their_losses():
 
 @pytest.mark.parametrize(
     "fields",
+    [{"critic": "flat"}, {"width": 0}, {"steps": (0, 5)}, {"rank_weight": -1.0}, {"lr": 0.0}],
+)
+def test_mmd_gan_refuses(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        mappers.MMDGANConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
     [{"families": ("vae",)}, {"families": ()}, {"families": ("mmd", "mmd")}, {"batch_size": 1},
-     {"lr_scale": 0}, {"critic_steps": (0, 5)}, {"bandwidths": (0.0,)}, {"anchor": "mse"},
+     {"lr_scale": 0}, {"ema_decay": 1.0}, {"gan_critic": "flat"}, {"hidden": 0},
+     {"bandwidths": (0.0,)}, {"anchor": "mse"},
      {"anchor_pairs": 1}, {"anchor_weight": -1}],
 )  # fmt: skip
 def test_mapping_refuses(fields):

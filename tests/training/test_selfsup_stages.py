@@ -35,7 +35,7 @@ SMALL = {
                   "code": 4, "z_dim": 3, "gf": 4},
         "loop": LOOP, "df": 2, "batch_size": 4, "precision": "fp32",
     },
-    "mapping": {"families": ["mmd", "gan"], "loop": LOOP, "batch_size": 8},
+    "mapping": {"families": ["mmd", "gan"], "loop": LOOP, "batch_size": 8, "ema_decay": 0.5},
     "device": "cpu", "samples": 4,
 }  # fmt: skip
 
@@ -99,6 +99,7 @@ def test_all_stages_in_order(data, whole):
     found = json.loads((out / "mapping-gan" / "model" / "mmd2.json").read_text())
     assert set(found["before"]) == set(found["after"]) == {"image_to_text", "text_to_image"}
     assert found["before"] != found["after"]
+    assert all(abs(found["floor"][name]) < 0.2 * value for name, value in found["before"].items())
     with pytest.raises(ValueError, match="already holds a run"):
         selfsup.train_selfsup(small(data), out)
 
@@ -227,6 +228,7 @@ def test_the_evaluation(data, again, monkeypatch):
     directions = {f"{f} {d}" for f in ("mmd", "gan") for d in ("to text", "to images")}
     assert set(found["mapped codes"]) == directions
     for row in found["mapped codes"].values():
+        assert row["floor"] < row["before"]
         assert row["fall"] == pytest.approx(row["before"] / max(row["after"], 1e-12))
         assert 0.01 <= row["p-value"] <= 1
     (title,) = (title for title in found if title.startswith("retrieval"))
