@@ -31,8 +31,8 @@ def source(
     styles: Sequence[str] = ("openmoji", "twemoji"),
     drop_groups: Sequence[str] = (),
     variants: bool = True,
-    variant_weight: float = 0.15,
-    flag_weight: float = 0.3,
+    variant_weight: float = 0.05,
+    flag_weight: float = 0.1,
     background: str = "white",
     uncaptioned: bool = False,
 ) -> Source:

@@ -67,8 +67,8 @@ def test_split_is_by_concept(source):
 
 def test_weights_and_filters(by_id):
     assert by_id["openmoji/1F34E"].weight == 1
-    assert by_id["openmoji/1F1F5-1F1F9"].weight == 0.3
-    assert by_id["openmoji/1F385-1F3FD"].weight == 0.15
+    assert by_id["openmoji/1F1F5-1F1F9"].weight == 0.1
+    assert by_id["openmoji/1F385-1F3FD"].weight == 0.05
     other = emoji.source(
         styles=["twemoji"], drop_groups=["flags"], variants=False, variant_weight=0, flag_weight=2
     )
