@@ -34,6 +34,7 @@ from fastxm.nn.stylegan import (
     upsample,
     with_deviation,
 )
+from fastxm.nn.text import SCALES, scaled
 
 HALF = math.sqrt(0.5)
 
@@ -52,6 +53,8 @@ class LAFITEConfig:
             the batch, as the released code has it.
         xi: length of the noise that makes a text embedding of a picture's: their cosine is
             1 / sqrt(1 + xi²), which for true pairs of CLIP is 0.3.
+        text_scale: "raw" gives the generator's layers unit rows (the released code); "unit" rows of
+            mean square 1, as the noise beside them has.
         noise: uniform on the "sphere" (the released code), or "gaussian".
         perturbation: "fixed", that noise; "trained", a shift and scales that a network gives.
         hidden: width of that network's hidden layers.
@@ -66,6 +69,7 @@ class LAFITEConfig:
     channel_base: int = 32768
     channel_max: int = 512
     logit: str = "sample"
+    text_scale: str = "raw"
     xi: float = 3.0
     noise: str = "sphere"
     perturbation: str = "fixed"
@@ -92,6 +96,7 @@ class LAFITEConfig:
         """What each named option may be."""
         return {
             "logit": ("sample", "batch"),
+            "text_scale": SCALES,
             "noise": NOISES,
             "perturbation": ("fixed", "trained"),
         }
@@ -246,6 +251,7 @@ class Generator(nn.Module):
         The colours of a size share their row of w with the next size's first convolution.
         """
         noise = noise or ("random" if self.training else "const")
+        text = scaled(text, self.config.text_scale)
         x = self.const.expand(len(ws), *self.const.shape)
         rows, at, rgb = ws.unbind(1), 0, None
         for block in self.blocks:

@@ -40,6 +40,7 @@ from fastxm.nn.stackgan import (
     gated_up,
     orthogonal_,
 )
+from fastxm.nn.text import SCALES, scaled
 
 STAGES = 3
 
@@ -73,7 +74,7 @@ class GLAMConfig:
         for name, allowed in {
             "image_size": (64, 128, 256),
             "upsampling": ("nearest", "bilinear"),
-            "text_scale": ("raw", "unit"),
+            "text_scale": SCALES,
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)!r}")
@@ -265,11 +266,6 @@ class Discriminator(JointFeatures):
             sentence = scaled(sentence, self.text_scale)
             logits.append(self.matched(self.beside(features, sentence)))
         return [at_least_float(logit).flatten() for logit in logits]
-
-
-def scaled(text: Tensor, scale: str) -> Tensor:
-    """Features [..., E] as they are, or with a mean square of 1; zeros stay zeros."""
-    return text if scale == "raw" else F.normalize(text, dim=-1) * math.sqrt(text.shape[-1])
 
 
 class MirrorGAN(TextToImage):

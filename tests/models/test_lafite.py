@@ -75,6 +75,16 @@ def test_parameter_counts():
     assert blocks == [4_469_764, *[7_871_493] * 4, 4_396_293, 2_543_749]
 
 
+def test_texts_of_unit_mean_square():
+    raw, unit = (Generator(LAFITEConfig(**TINY, text_scale=scale)) for scale in ("raw", "unit"))
+    unit.load_state_dict(raw.state_dict())
+    z, text = torch.randn(2, 4), F.normalize(torch.randn(2, 5), dim=1)
+    drawn = unit(z, text, noise="none")
+    longer = text * math.sqrt(5)
+    torch.testing.assert_close(drawn, raw(z, longer, noise="none"))
+    assert not torch.allclose(drawn, raw(z, text, noise="none"))
+
+
 def test_noise_is_added_by_its_strength():
     generator = Generator(LAFITEConfig(**TINY))
     z, text = torch.randn(2, 4), torch.randn(2, 5)
