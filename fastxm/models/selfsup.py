@@ -58,8 +58,8 @@ class CrossModalAutoencoder(TextToImage):
         self.image = ImageAutoencoder(c.image)
         self.text = TextAutoencoder(c.text)
         to_text, to_image = LAYERS[c.family]
-        self.image_to_text = code_map(c.image.code, [c.hidden] * to_text, c.text.code)
-        self.text_to_image = code_map(c.text.code, [c.hidden] * to_image, c.image.code)
+        self.image_to_text = CodeMap(c.image.code, [c.hidden] * to_text, c.text.code)
+        self.text_to_image = CodeMap(c.text.code, [c.hidden] * to_image, c.image.code)
 
     @property
     def generator(self) -> nn.Module:  # type: ignore[override]
@@ -127,7 +127,23 @@ class CrossModalAutoencoder(TextToImage):
         return self.text.say(self.text.embed(captions))
 
 
-def code_map(source: int, hidden: Sequence[int], target: int) -> nn.Sequential:
-    """Codes [B, source] to codes [B, target]; between them standard ones, once those are fitted."""
-    layers = mlp((source, *hidden, target))
-    return nn.Sequential(Standardise(source), *layers, Unstandardise(target))
+class CodeMap(nn.Module):
+    """Codes [B, source] to codes [B, target]; between them standard ones, once `fit` has seen some.
+
+    Args:
+        source, hidden, target: widths.
+    """
+
+    def __init__(self, source: int, hidden: Sequence[int], target: int) -> None:
+        super().__init__()
+        self.see = Standardise(source)
+        self.network = mlp((source, *hidden, target))
+        self.give = Unstandardise(target)
+
+    def fit(self, source: Tensor, target: Tensor) -> None:
+        """Takes mean and spread of codes of both sides, [N, source] and [M, target]."""
+        self.see.fit(source)
+        self.give.fit(target)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.give(self.network(self.see(codes)))

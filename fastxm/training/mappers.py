@@ -188,12 +188,13 @@ class MMDGANMapper(Mapper):
 
     def step(self, real: Source, source: Source) -> dict[str, Tensor]:
         critic = self.players["critic"].network
+        encoder, _ = critic.children()
         for _ in range(self.critic_steps):
             if self.mmd_gan.critic == "clamped":
-                clamp_(critic.encoder)  # type: ignore[arg-type]
+                clamp_(encoder)
             critic_loss = self.update("critic", self.critic_loss(real(), self.fake(source)))
-        with normalised_once(critic):
-            fx, fy = critic.encoder(real()), critic.encoder(self.network(source()))  # type: ignore[operator]
+        with normalised_once(encoder):
+            fx, fy = encoder(real()), encoder(self.network(source()))
         objective = losses.mmd_gan_g(fx, fy, self.kernel, rank_weight=self.mmd_gan.rank_weight)
         return {"loss_d": critic_loss, "loss_g": self.update_map(objective)}
 

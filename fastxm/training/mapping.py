@@ -22,7 +22,7 @@ from fastxm.data.cache import file_digest
 from fastxm.data.subsets import principal
 from fastxm.models.codes import Codes
 from fastxm.models.image_autoencoder import ImageAutoencoder
-from fastxm.models.selfsup import CrossModalAutoencoder, CrossModalConfig, Family
+from fastxm.models.selfsup import CodeMap, CrossModalAutoencoder, CrossModalConfig, Family
 from fastxm.models.text_autoencoder import TextAutoencoder
 from fastxm.ops import info_nce, mmd2
 from fastxm.ops.mmd import RBF
@@ -98,6 +98,10 @@ class MappingTraining:
         return f"mapping-{family}{anchored}"
 
 
+def identity(codes: Tensor) -> Tensor:
+    return codes
+
+
 class CodeDraws:
     """Batches of codes of pictures and, apart from them, of captions; a step takes what it needs.
 
@@ -116,8 +120,8 @@ class CodeDraws:
         *,
         stochastic: bool = True,
         seed: int = 0,
-        see_image: Callable[[Tensor], Tensor] = torch.asarray,
-        see_text: Callable[[Tensor], Tensor] = torch.asarray,
+        see_image: Callable[[Tensor], Tensor] = identity,
+        see_text: Callable[[Tensor], Tensor] = identity,
     ):
         self.codes, self.stochastic = codes, stochastic
         self.see_image, self.see_text = see_image, see_text
@@ -234,34 +238,30 @@ class MappingRecipe(Recipe):
     def build_maps(self) -> None:
         """The maps, what trains them, and their averages, which are the model's."""
         config, model = self.config, self.model
-        maps = nn.ModuleDict({name: getattr(model, name) for name in MAPPERS[self.family]})
+        maps: dict[str, CodeMap] = {
+            "image_to_text": model.image_to_text,
+            "text_to_image": model.text_to_image,
+        }
         if config.standardise:
-            for name, source, target in (
-                ("image_to_text", self.codes.mean, self.codes.text),
-                ("text_to_image", self.codes.text, self.codes.mean),
-            ):
-                maps[name][0].fit(source)  # type: ignore[index]
-                maps[name][-1].fit(target)  # type: ignore[index]
+            model.image_to_text.fit(self.codes.mean, self.codes.text)
+            model.text_to_image.fit(self.codes.text, self.codes.mean)
         self.batches = CodeDraws(
             self.codes,
             config.batch_size,
             stochastic=config.stochastic,
             seed=self.seed,
-            see_image=model.image_to_text[0],
-            see_text=model.text_to_image[0],
+            see_image=model.image_to_text.see,
+            see_text=model.text_to_image.see,
         )
         kernel = RBF(config.bandwidths)
         self.mappers: dict[str, Mapper] = {
             name: make(
-                maps[name][1:-1],  # type: ignore[index]
-                kernel,
-                config.lr_scale,
-                config.mmd_gan,
-                config.gan_critic,
+                maps[name].network, kernel, config.lr_scale, config.mmd_gan, config.gan_critic
             )
             for name, make in MAPPERS[self.family].items()
         }
-        self.maps, self.average = maps, EMA(maps, config.ema_decay, ramp=True)
+        self.maps = nn.ModuleDict(maps)
+        self.average = EMA(self.maps, config.ema_decay, ramp=True)
         for name, averaged in self.average.network.items():
             setattr(model, name, averaged)
 

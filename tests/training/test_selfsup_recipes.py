@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastxm import losses
 from fastxm.data import open_dataset
 from fastxm.data.subsets import captions_alone
-from fastxm.models.selfsup import code_map
+from fastxm.models.selfsup import CodeMap
 from fastxm.nn.mlp import mlp
 from fastxm.nn.stackgan import JointDiscriminator
 from fastxm.ops.mmd import DEFAULT
@@ -287,14 +287,13 @@ def test_the_gan_s_critic_can_be_spectral():
 
 def test_draws_are_seen_in_standard_form():
     table = codes()
-    to_image = code_map(4, [5], 6)
-    to_image[0].fit(table.text)
-    to_image[-1].fit(table.mean)
+    to_image = CodeMap(4, [5], 6)
+    to_image.fit(table.text, table.mean)
     raw = mapping.CodeDraws(table, 400, stochastic=False, seed=3)
-    seen = mapping.CodeDraws(table, 400, stochastic=False, seed=3, see_text=to_image[0])
+    seen = mapping.CodeDraws(table, 400, stochastic=False, seed=3, see_text=to_image.see)
     text, given = raw.text(), seen.text()
     torch.testing.assert_close(given, (text - table.text.mean(0)) / table.text.std(0, False))
-    expected = to_image[1:-1](given) * table.mean.std(0, False) + table.mean.mean(0)
+    expected = to_image.network(given) * table.mean.std(0, False) + table.mean.mean(0)
     torch.testing.assert_close(to_image(text), expected)
     assert torch.equal(raw.image(), seen.image())
 
