@@ -1,5 +1,6 @@
 """Fixtures: the devices of this machine, a fixed seed, and poisoned fresh memory."""
 
+import importlib.util
 import os
 
 # tests are small: more threads would only wait for each other, all the more on a busy machine
@@ -12,6 +13,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+
+
+def mend_interpreter() -> None:
+    """Lets the interpreter of older Triton take NumPy 2.5's arrays of one number for a number."""
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor, *scope):
+        plain(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch
+
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    mend_interpreter()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

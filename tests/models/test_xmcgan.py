@@ -138,7 +138,9 @@ def test_upsampling_convolution(shape, mode):
         return F.conv2d(F.interpolate(x, scale_factor=2, mode=mode), weight, bias, padding=1)
 
     no_worse(ours, formula, x, layer.weight.detach(), bias)
-    no_worse(gradient(ours, (0, 1, 2)), gradient(formula, (0, 1, 2)), x, layer.weight, bias)
+    # sums of weights are rounded before they are multiplied
+    gradients = (gradient(f, (0, 1, 2)) for f in (ours, formula))
+    no_worse(*gradients, x, layer.weight, bias, factor=4.0)
 
 
 def test_bilinear_skip_path_commutes():

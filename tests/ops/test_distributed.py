@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from check import peak_bytes
 from formulas import info_nce_formula, info_nce_metrics
+from ranks import new_group, order
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,8 +17,8 @@ from fastxm.ops.siglip import siglip
 JOBS = [  # ranks of the group, rows of each, options
     ((0, 1, 2, 3), (3, 0, 5, 1), {"label_smoothing": 0.1, "labels": True, "normalize": True}),
     ((0, 1, 2, 3), (2, 3, 1, 4), {"labels": True}),
-    ((3, 1), (4, 4), {"label_smoothing": 0.1, "symmetric": False}),
-    ((3, 1), (0, 6), {"reduction": "sum", "normalize": True}),
+    (order(3, 1), (4, 4), {"label_smoothing": 0.1, "symmetric": False}),
+    (order(3, 1), (0, 6), {"reduction": "sum", "normalize": True}),
     ((2,), (5,), {"label_smoothing": 0.2, "labels": True}),
 ]
 BACKENDS = ["cpu", "reference"]
@@ -71,7 +72,7 @@ def with_bias(f):
     return lambda x, y, scale, **options: f(x, y, scale, -0.7, **options)
 
 
-SIGLIP = [((0, 1, 2, 3), (3, 0, 5, 1)), ((3, 1), (4, 4)), ((2,), (5,))]  # ranks, rows of each
+SIGLIP = [((0, 1, 2, 3), (3, 0, 5, 1)), (order(3, 1), (4, 4)), ((2,), (5,))]  # ranks, rows of each
 DROP_INS = {  # made with world_size, and the truth
     "clip": (lambda **world: ClipLoss(**world), info_nce_formula),
     "local clip": (lambda **world: ClipLoss(local_loss=True, **world), info_nce_formula),
@@ -117,11 +118,11 @@ def run_rank(rank, folder):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
     results = {}
     for job, (members, counts, options) in enumerate(JOBS):
-        group = dist.new_group(members, sort_ranks=False)
+        group = new_group(members)
         if rank in members:
             results[job] = shares(group, members.index(rank), counts, options)
     for job, (members, counts) in enumerate(SIGLIP):
-        group = dist.new_group(members, sort_ranks=False)
+        group = new_group(members)
         if rank in members:
             x, y, scale, _ = own_rows(members.index(rank), counts)
             found = derivatives(with_bias(siglip), x, y, scale, group=group)
