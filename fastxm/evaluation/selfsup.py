@@ -23,10 +23,9 @@ from fastxm.evaluation.metrics import FeatureStatistics, frechet, retrieval_rank
 from fastxm.evaluation.perceptual import perceptual_distance
 from fastxm.evaluation.rouge import rouge_l
 from fastxm.evaluation.text import bleu
-from fastxm.models.codes import Codes
+from fastxm.models.codes import Codes, kernel_of
 from fastxm.models.selfsup import CrossModalAutoencoder
 from fastxm.models.text_autoencoder import text_loss
-from fastxm.ops.mmd import DEFAULT
 from fastxm.ops.mmd_two_sample import mmd_permutation_test
 
 KS = (1, 5, 10)
@@ -194,7 +193,7 @@ def maps(
             fall = before / max(after, 1e-12)
             figures = {"before": before, "after": after, "fall": fall, "floor": floor}
         generator = torch.Generator(x.device).manual_seed(seed)
-        statistic, p = mmd_permutation_test(x, y, DEFAULT, permutations, generator=generator)
+        statistic, p = mmd_permutation_test(x, y, kernel_of(x), permutations, generator=generator)
         figures |= {split.name: statistic.item(), "p-value": p.item()}
         found[f"{name} {direction}"] = figures
     return found

@@ -12,6 +12,8 @@ from fastxm.data.subsets import captions_alone
 from fastxm.models.image_autoencoder import ImageAutoencoder
 from fastxm.models.text_autoencoder import TextAutoencoder
 from fastxm.nn.stackgan import draw
+from fastxm.ops import median_heuristic
+from fastxm.ops.mmd import RBF
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,12 @@ class Codes:
     def image(self, rows: Tensor) -> Tensor:
         """Codes of pictures drawn from their Gaussians, of rows [B]: [B, D]."""
         return draw(self.mean[rows], self.log_variance[rows])
+
+
+def kernel_of(codes: Tensor) -> RBF:
+    """The kernel that other codes are held against these [N, D] in, whatever their spread is.
+
+    Gaussians of 1/4, 1/2, 1, 2 and 4 times the median distance of these codes.
+    """
+    median = median_heuristic(*codes.chunk(2)).item()
+    return RBF([median * factor for factor in (0.25, 0.5, 1.0, 2.0, 4.0)])

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from fastxm.data import open_dataset
 from fastxm.data.cache import file_digest
 from fastxm.data.subsets import principal
-from fastxm.models.codes import Codes
+from fastxm.models.codes import Codes, kernel_of
 from fastxm.models.image_autoencoder import ImageAutoencoder
 from fastxm.models.selfsup import CodeMap, CrossModalAutoencoder, CrossModalConfig, Family
 from fastxm.models.text_autoencoder import TextAutoencoder
@@ -288,7 +288,7 @@ class MappingRecipe(Recipe):
 
     @torch.no_grad()
     def measure(self, *, floor: bool = False) -> dict[str, float]:
-        """Unbiased MMD^2 of true codes and mapped ones in the default kernel; draws on its own.
+        """Unbiased MMD^2 of true codes and mapped ones, in the true ones' kernel; draws on its own.
 
         With `floor`, of true codes and other true ones: about 0, of either sign.
         """
@@ -301,7 +301,7 @@ class MappingRecipe(Recipe):
             true, source = (draws.text, draws.image) if to_text else (draws.image, draws.text)
             real = true()
             other = true() if floor else getattr(self.model, name)(source())
-            found[name] = mmd2(real, other, estimator="unbiased").item()
+            found[name] = mmd2(real, other, kernel_of(real), estimator="unbiased").item()
         torch.random.set_rng_state(state)
         return found
 
@@ -323,7 +323,7 @@ class MappingRecipe(Recipe):
 
     def export(self, directory: Path) -> None:
         self.model.save_pretrained(directory)
-        found = {"kernel": "RBF(1, 2, 4, 8, 16), unbiased", "rows": MEASURED}
+        found = {"kernel": "RBF of 1/4 to 4 median distances, unbiased", "rows": MEASURED}
         found = {**found, "before": self.before, "after": self.measure()}
         found["floor"] = self.measure(floor=True)
         (directory / "mmd2.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from fastxm import losses
 from fastxm.data import open_dataset
 from fastxm.data.subsets import captions_alone
+from fastxm.models.codes import kernel_of
 from fastxm.models.selfsup import CodeMap
 from fastxm.nn.mlp import mlp
 from fastxm.nn.stackgan import JointDiscriminator
+from fastxm.ops import mmd2
 from fastxm.ops.mmd import DEFAULT
 from fastxm.training import image_autoencoder, mappers, mapping
 from fastxm.training.draws import Draws
@@ -372,3 +374,11 @@ def test_mmd_gan_refuses(fields):
 def test_mapping_refuses(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         mapping.MappingTraining(**fields)
+
+
+def test_codes_are_measured_at_their_own_scale():
+    x, y = torch.randn(50, 6), torch.randn(40, 6) + 1
+    plain = mmd2(x, y, kernel_of(x))
+    torch.testing.assert_close(mmd2(100 * x, 100 * y, kernel_of(100 * x)), plain)
+    corners = torch.tensor([[0.0], [0.0], [0.0], [4.0], [4.0], [4.0]])  # most distances are 4
+    assert kernel_of(corners).bandwidths == [1.0, 2.0, 4.0, 8.0, 16.0]
