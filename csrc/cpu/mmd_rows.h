@@ -105,11 +105,15 @@ struct Rows {
   int64_t i, j, rows, width, stride;  // stride: of products and weights
   const T* products;
   const T *x_norms, *y_norms, *x_weights, *y_weights, *x_scales;
-  T *x_potentials, *x_slopes;  // [rows], added to
-  T *y_potentials, *y_slopes;  // [width], added to, of this thread
-  double* derivatives;         // of all parts, added to
-  bool bf16;                   // weights are of bfloat16, else of T
-  void* weights;               // [rows, weight_stride], 0 where they are not wanted
+  double* x_potentials;             // [rows], added to
+  T* x_slopes;                      // [rows], added to
+  T *y_potentials, *y_slopes;       // [width], added to, of this thread
+  double* derivatives;              // of all parts, added to
+  const double *x_terms, *y_terms;  // [rows], [width]: MmdTile's scales where there is a square
+  double square;
+  double* squares;  // added to, 0 where they are not wanted
+  bool bf16;        // weights are of bfloat16, else of T
+  void* weights;    // [rows, weight_stride], 0 where they are not wanted
   int64_t weight_stride;
 };
 
@@ -129,16 +133,43 @@ FASTXM_INLINE T write_weights(const T* w, const T* right, T scale, int64_t n, Ou
 }
 
 template <class T>
+FASTXM_INLINE void write_row(const Rows<T>& r, int64_t i, const T* w, const T* right, T scale,
+                             int64_t n) {
+  const int64_t at = i * r.weight_stride;
+  T slope = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (r.bf16)
+      slope = write_weights(w, right, scale, n, static_cast<bfloat16*>(r.weights) + at, r.y_slopes);
+  }
+  if (!r.bf16)
+    slope = write_weights(w, right, scale, n, static_cast<T*>(r.weights) + at, r.y_slopes);
+  r.x_slopes[i] += slope;
+}
+
+// adds up all parts for n pairs of a row, and their derivatives times right and scale
+template <bool kDerivatives, class T>
+FASTXM_INLINE void add_parts(const Rows<T>& r, T scale, int64_t n, Strip<T>& a) {
+  for (const Part<T>& part : r.parts) {
+    T by[2] = {};
+    evaluate<kDerivatives>(part, n, a, by);
+    if (!kDerivatives) continue;
+    r.derivatives[part.at] += double(scale) * by[0];
+    r.derivatives[part.at + part.K] += double(scale) * by[1];
+  }
+}
+
+template <class T>
 FASTXM_INLINE void rows_of(const Rows<T>& r) {
   Strip<T> a;
   // of locals the compiler knows that nothing else changes them, and so it vectorises
   const int64_t n = r.width;
   const T *y_norms = r.y_norms, *y_weights = r.y_weights;
-  T *y_potentials = r.y_potentials, *y_slopes = r.y_slopes;
+  T* y_potentials = r.y_potentials;
   T *s = a.s, *k = a.k, *w = a.w, *right = a.right;
   for (int64_t i = 0; i < r.rows; ++i) {
     const T *g = r.products + i * r.stride, norm = r.radial ? r.x_norms[i] : T(0);
-    const T weight = r.x_weights[i], scale = r.x_scales[i];
+    const T weight = r.x_weights[i];
+    const T scale = r.x_terms ? T(1) : r.x_scales[i];
     if (r.radial) {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
@@ -156,16 +187,10 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
     std::fill(w, w + n, T(0));
     std::copy(y_weights, y_weights + n, right);
     if (dropped) right[own] = 0;
-    for (const Part<T>& part : r.parts) {
-      T by[2] = {};
-      if (r.derive) {
-        evaluate<true>(part, n, a, by);
-        r.derivatives[part.at] += double(scale) * by[0];
-        r.derivatives[part.at + part.K] += double(scale) * by[1];
-      } else {
-        evaluate<false>(part, n, a, by);
-      }
-    }
+    if (r.derive && !r.x_terms)
+      add_parts<true>(r, scale, n, a);
+    else
+      add_parts<false>(r, scale, n, a);
     if (dropped) k[own] = 0;
     if (dropped || (crossed && r.radial)) w[own] = 0;
     T potential = 0;
@@ -175,16 +200,22 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
       y_potentials[j] += k[j] * weight;
     }
     r.x_potentials[i] += potential;
-    if (!r.weights) continue;
-    const int64_t at = i * r.weight_stride;
-    T slope = 0;
-    if constexpr (sizeof(T) == 4) {
-      if (r.bf16)
-        slope = write_weights(w, right, scale, n, static_cast<bfloat16*>(r.weights) + at, y_slopes);
+    if (r.squares) {
+      T squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t j = 0; j < n; ++j) squares += k[j] * k[j];
+      *r.squares += squares;
     }
-    if (!r.bf16)
-      slope = write_weights(w, right, scale, n, static_cast<T*>(r.weights) + at, y_slopes);
-    r.x_slopes[i] += slope;
+    if (r.x_terms) {
+      // the terms cancel in part, and of float they would lose the same in all pairs of a row
+      const double term = r.x_terms[i], *y_terms = r.y_terms, square = r.square;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) right[j] = static_cast<T>(term + y_terms[j] + square * k[j]);
+      if (dropped) right[own] = 0;
+    }
+    if (r.weights) write_row(r, i, w, right, scale, n);
+    // derivatives need the value of all parts
+    if (r.derive && r.x_terms) add_parts<true>(r, scale, n, a);
   }
 }
 
