@@ -35,11 +35,12 @@ template <class T>
 struct Sums {
   std::vector<T> potentials, slopes;  // [M]
   std::vector<double> derivatives;
+  double squares = 0;
   Sums(int64_t M, int64_t size) : potentials(M), slopes(M), derivatives(size) {}
 };
 
-template <class T>
-void add(T* to, const T* from, int64_t n, T factor = 1) {
+template <class To, class T>
+void add(To* to, const T* from, int64_t n, T factor = 1) {
   for (int64_t j = 0; j < n; ++j) to[j] += factor * from[j];
 }
 
@@ -54,6 +55,7 @@ void chunk_of(const MmdTile& t, const std::vector<Part<T>>& parts, int64_t begin
   alignas(64) T scratch[kRows * kStrip];
   const int64_t end = std::min(begin + kChunk, t.N), element = t.bf16 ? 2 : sizeof(T);
   auto* weights = pointer<char>(t.weights);
+  const bool squared = t.square;
   for (int64_t i = begin; i < end; i += kRows)
     for (int64_t j = 0; j < t.M; j += kStrip) {
       const int64_t rows = std::min(kRows, end - i), width = std::min(kStrip, t.M - j);
@@ -79,11 +81,15 @@ void chunk_of(const MmdTile& t, const std::vector<Part<T>>& parts, int64_t begin
                             pointer<const T>(t.x_weights) + i,
                             pointer<const T>(t.y_weights) + j,
                             pointer<const T>(t.x_scales) + i,
-                            pointer<T>(t.x_potentials) + i,
+                            pointer<double>(t.x_potentials) + i,
                             pointer<T>(t.x_slopes) + i,
                             sums.potentials.data() + j,
                             sums.slopes.data() + j,
                             sums.derivatives.data(),
+                            squared ? pointer<const double>(t.x_scales) + i : nullptr,
+                            squared ? pointer<const double>(t.y_scales) + j : nullptr,
+                            squared ? *pointer<const double>(t.square) : 0,
+                            t.squares ? &sums.squares : nullptr,
                             t.bf16 != 0,
                             weights ? weights + (i * t.M + j) * element : weights,
                             t.M};
@@ -100,12 +106,13 @@ void tile(const MmdKernel& kernel, const MmdTile& t, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) chunk_of(t, parts, chunk * kChunk, sums[chunk]);
   for (const Sums<T>& own : sums) {
-    if (t.y_potentials) add(pointer<T>(t.y_potentials), own.potentials.data(), t.M);
+    if (t.y_potentials) add(pointer<double>(t.y_potentials), own.potentials.data(), t.M);
     if (t.y_slopes) add(pointer<T>(t.y_slopes), own.slopes.data(), t.M);
     // a tile of pairs (i, j) and (j, i) has each of them twice
+    const double once = t.y_potentials ? 1.0 : 0.5;
     if (t.derivatives)
-      add(pointer<double>(t.derivatives), own.derivatives.data(), kernel.size,
-          t.y_potentials ? 1.0 : 0.5);
+      add(pointer<double>(t.derivatives), own.derivatives.data(), kernel.size, once);
+    if (t.squares) *pointer<double>(t.squares) += once * own.squares;
   }
 }
 
@@ -163,7 +170,7 @@ struct Sample {
 // the pairs of two samples, or of one with itself
 template <class T>
 void visit(const std::vector<Part<T>>& parts, const Sample<T>& x, const Sample<T>& y, int64_t D,
-           MmdDiagonal diagonal, const T* scales, T* potentials, T* other_potentials,
+           MmdDiagonal diagonal, const T* scales, double* potentials, double* other_potentials,
            double* derivatives, std::vector<T>& room) {
   const int64_t n = x.count, m = y.count;
   room.resize(n * m + m * D + 2 * m);
@@ -191,6 +198,10 @@ void visit(const std::vector<Part<T>>& parts, const Sample<T>& x, const Sample<T
                           sums + j,
                           sums + m + j,
                           derivatives,
+                          nullptr,
+                          nullptr,
+                          0,
+                          nullptr,
                           false,
                           products + j,
                           m};
@@ -234,14 +245,14 @@ void problems(const MmdKernel& kernel, const MmdProblems& p, int threads) {
     const Sample<T> y =
         sample_of<T>(p.y_starts, p.y, p.y_norms, p.y_weights, p.y_slopes, p.dy, p.depth, g);
     double* by = p.derivatives ? half.data() : nullptr;
-    T* none = nullptr;
+    double* none = nullptr;
     visit(parts, x, x, p.depth, self, pointer<const T>(p.xx_scales) + i,
-          pointer<T>(p.xx_potentials) + i, none, by, room);
+          pointer<double>(p.xx_potentials) + i, none, by, room);
     visit(parts, y, y, p.depth, self, pointer<const T>(p.yy_scales) + j,
-          pointer<T>(p.yy_potentials) + j, none, by, room);
+          pointer<double>(p.yy_potentials) + j, none, by, room);
     by = p.derivatives ? whole.data() : nullptr;
     visit(parts, x, y, p.depth, paired, pointer<const T>(p.xy_scales) + i,
-          pointer<T>(p.xy_potentials) + i, pointer<T>(p.yx_potentials) + j, by, room);
+          pointer<double>(p.xy_potentials) + i, pointer<double>(p.yx_potentials) + j, by, room);
     // scales of pairs within a sample count each of them twice
     for (int64_t q = 0; p.derivatives && q < kernel.size; ++q)
       pointer<double>(p.derivatives)[g * kernel.size + q] = whole[q] + half[q] / 2;

@@ -16,18 +16,22 @@ struct MmdKernel {
 
 // Products [N, M] are read from `products`, or made of x (of `bf16`, or float) and panels (0 for
 // none; see gemm.h). Weights go to `weights`, of bfloat16 if bf16, if that is not 0, and may take
-// the products' place. Added to: potentials, slopes (of the weights as rounded), and derivatives
-// [size] (double, or 0) by the parameters. y_potentials and y_slopes are 0 where the tile has both
-// (i, j) and (j, i).
+// the products' place. Added to: potentials (double), slopes (of the weights as rounded), and
+// derivatives [size] (double, or 0) by the parameters. y_potentials and y_slopes are 0 where the
+// tile has both (i, j) and (j, i).
+//
+// Sums of squares: to squares (double, or 0) the sum of k^2 is added, each pair once. If `square`
+// (double) is not 0, weights are (x_scales[i] + y_scales[j] + square k) slope, where x_scales [N]
+// and y_scales [M] are double; x_weights and y_weights are 1 then.
 struct MmdTile {
   std::int64_t N, M, diagonal, bf16, depth;
   std::uintptr_t x, panels, products, weights, x_norms, y_norms, x_weights, y_weights, x_scales,
-      x_potentials, y_potentials, x_slopes, y_slopes, derivatives;
+      x_potentials, y_potentials, x_slopes, y_slopes, derivatives, y_scales, square, squares;
 };
 
 // Many small problems, each of the rows between two entries of x_starts and y_starts (int64
 // [problems + 1]). Per row: norms, weights, scales of its pairs with rows of x and y, potentials
-// with them, slopes, and (0 for none) gradients [N, D]. derivatives [problems, size].
+// (double) with them, slopes, and (0 for none) gradients [N, D]. derivatives [problems, size].
 struct MmdProblems {
   std::int64_t problems, depth, drop_self, drop_paired;
   std::uintptr_t x_starts, y_starts, x, y, x_norms, y_norms, x_weights, y_weights, xx_scales,
@@ -36,7 +40,7 @@ struct MmdProblems {
 };
 
 using MmdKernelNumbers = std::array<std::uint64_t, 5>;
-using MmdTileNumbers = std::array<std::uint64_t, 19>;
+using MmdTileNumbers = std::array<std::uint64_t, 22>;
 using MmdProblemNumbers = std::array<std::uint64_t, 24>;
 
 // the numbers in the order of the struct's members, all of 8 bytes

@@ -49,37 +49,48 @@ std::vector<Part<T>> parts_of(const MmdKernel& kernel) {
 
 template <class T>
 struct Strip {
-  alignas(64) T s[kStrip], k[kStrip], w[kStrip], held[kStrip], right[kStrip];
+  alignas(64) T s[kStrip], k[kStrip], w[kStrip], right[kStrip];
+  T inner[kStrip];  // (gamma s + coef0)^(degree - 1) of a polynomial
 };
 
-// what a part adds to values and slopes of n pairs; returns in by[2] the sums of its derivatives
-// times `right`
-template <MmdKind kKind, bool kPower, bool kDerivatives, class T>
-FASTXM_INLINE void add_part(const Part<T>& part, int64_t n, Strip<T>& a, T* by) {
-  const T shape = part.shape, weight = part.weight, degree = static_cast<T>(part.degree);
-  const T *s = a.s, *right = a.right;
-  T *k = a.k, *w = a.w, *kept = a.held, by_shape = 0, by_weight = 0;
-#pragma omp simd reduction(+ : by_shape, by_weight)
+// what a part adds to values and slopes of n pairs, and, if kNext, the part after it, its fourth
+// power; returns in by[2] (by[4]) the sums of their derivatives times `right`
+template <MmdKind kKind, bool kNext, bool kDerivatives, class T>
+FASTXM_INLINE void add_part(const Part<T>* part, int64_t n, Strip<T>& a, T* by) {
+  const Part<T>& next = part[kNext];
+  const T shape = part->shape, weight = part->weight, degree = static_cast<T>(part->degree);
+  const T next_shape = next.shape, next_weight = next.weight;
+  const T *s = a.s, *right = a.right, *inner = a.inner;
+  T *k = a.k, *w = a.w, by_shape = 0, by_weight = 0, by_next_shape = 0, by_next_weight = 0;
+#pragma omp simd reduction(+ : by_shape, by_weight, by_next_shape, by_next_weight)
   for (int64_t j = 0; j < n; ++j) {
-    T held = kept[j];
-    const MmdPair<T> pair = mmd_pair<kKind, kPower>(s[j], shape, weight, degree, held);
-    kept[j] = held;
-    k[j] += pair.k;
-    w[j] += pair.slope;
+    T held = kKind == MmdKind::polynomial ? inner[j] : T(0);
+    MmdPair<T> pair = mmd_pair<kKind, false>(s[j], shape, weight, degree, held);
     if (kDerivatives) {
       by_shape += right[j] * pair.by_shape;
       by_weight += right[j] * pair.by_weight;
     }
+    if (kNext) {
+      const MmdPair<T> power = mmd_pair<kKind, true>(s[j], next_shape, next_weight, degree, held);
+      pair.k += power.k;
+      pair.slope += power.slope;
+      if (kDerivatives) {
+        by_next_shape += right[j] * power.by_shape;
+        by_next_weight += right[j] * power.by_weight;
+      }
+    }
+    k[j] += pair.k;
+    w[j] += pair.slope;
   }
-  by[0] = by_shape, by[1] = by_weight;
+  by[0] = by_shape, by[1] = by_weight, by[2] = by_next_shape, by[3] = by_next_weight;
 }
 
 template <bool kDerivatives, class T>
-FASTXM_INLINE void evaluate(const Part<T>& part, int64_t n, Strip<T>& a, T* by) {
-  switch (part.kind) {
+FASTXM_INLINE void evaluate(const Part<T>* part, bool next, int64_t n, Strip<T>& a, T* by) {
+  switch (part->kind) {
     case MmdKind::rbf:
-      return part.power ? add_part<MmdKind::rbf, true, kDerivatives>(part, n, a, by)
-                        : add_part<MmdKind::rbf, false, kDerivatives>(part, n, a, by);
+      return next ? add_part<MmdKind::rbf, true, kDerivatives>(part, n, a, by)
+                  : add_part<MmdKind::rbf, false, kDerivatives>(part, n, a, by);
     case MmdKind::rational_quadratic:
       return add_part<MmdKind::rational_quadratic, false, kDerivatives>(part, n, a, by);
     case MmdKind::laplace:
@@ -87,10 +98,10 @@ FASTXM_INLINE void evaluate(const Part<T>& part, int64_t n, Strip<T>& a, T* by) 
     case MmdKind::energy:
       return add_part<MmdKind::energy, false, kDerivatives>(part, n, a, by);
     case MmdKind::polynomial:
-      std::fill(a.held, a.held + n, T(1));
-      for (int64_t d = 1; d < part.degree; ++d) {
+      std::fill(a.inner, a.inner + n, T(1));
+      for (int64_t d = 1; d < part->degree; ++d) {
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) a.held[j] *= part.shape * a.s[j] + part.weight;
+        for (int64_t j = 0; j < n; ++j) a.inner[j] *= part->shape * a.s[j] + part->weight;
       }
       return add_part<MmdKind::polynomial, false, kDerivatives>(part, n, a, by);
   }
@@ -105,11 +116,15 @@ struct Rows {
   int64_t i, j, rows, width, stride;  // stride: of products and weights
   const T* products;
   const T *x_norms, *y_norms, *x_weights, *y_weights, *x_scales;
-  T *x_potentials, *x_slopes;  // [rows], added to
-  T *y_potentials, *y_slopes;  // [width], added to, of this thread
-  double* derivatives;         // of all parts, added to
-  bool bf16;                   // weights are of bfloat16, else of T
-  void* weights;               // [rows, weight_stride], 0 where they are not wanted
+  double* x_potentials;             // [rows], added to
+  T* x_slopes;                      // [rows], added to
+  T *y_potentials, *y_slopes;       // [width], added to, of this thread
+  double* derivatives;              // of all parts, added to
+  const double *x_terms, *y_terms;  // [rows], [width]: MmdTile's scales where there is a square
+  double square;
+  double* squares;  // added to, 0 where they are not wanted
+  bool bf16;        // weights are of bfloat16, else of T
+  void* weights;    // [rows, weight_stride], 0 where they are not wanted
   int64_t weight_stride;
 };
 
@@ -118,14 +133,45 @@ template <class T, class Out>
 FASTXM_INLINE T write_weights(const T* w, const T* right, T scale, int64_t n, Out* out,
                               T* y_slopes) {
   T slope = 0;
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) from_float(w[j] * scale * right[j], out[j]);
 #pragma omp simd reduction(+ : slope)
   for (int64_t j = 0; j < n; ++j) {
-    slope += to_float(out[j]);
-    y_slopes[j] += to_float(out[j]);
+    Out rounded;
+    from_float(w[j] * scale * right[j], rounded);
+    out[j] = rounded;
+    slope += to_float(rounded);
+    y_slopes[j] += to_float(rounded);
   }
   return slope;
+}
+
+template <class T>
+FASTXM_INLINE void write_row(const Rows<T>& r, int64_t i, const T* w, const T* right, T scale,
+                             int64_t n) {
+  const int64_t at = i * r.weight_stride;
+  T slope = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (r.bf16)
+      slope = write_weights(w, right, scale, n, static_cast<bfloat16*>(r.weights) + at, r.y_slopes);
+  }
+  if (!r.bf16)
+    slope = write_weights(w, right, scale, n, static_cast<T*>(r.weights) + at, r.y_slopes);
+  r.x_slopes[i] += slope;
+}
+
+// adds up all parts for n pairs of a row, and their derivatives times right and scale
+template <bool kDerivatives, class T>
+FASTXM_INLINE void add_parts(const Rows<T>& r, T scale, int64_t n, Strip<T>& a) {
+  const Part<T>*part = r.parts.data(), *end = part + r.parts.size();
+  while (part < end) {
+    const int64_t count = part + 1 < end && part[1].power ? 2 : 1;
+    T by[4] = {};
+    evaluate<kDerivatives>(part, count == 2, n, a, by);
+    for (const T* own = by; own < by + 2 * count; own += 2, ++part) {
+      if (!kDerivatives) continue;
+      r.derivatives[part->at] += double(scale) * own[0];
+      r.derivatives[part->at + part->K] += double(scale) * own[1];
+    }
+  }
 }
 
 template <class T>
@@ -134,11 +180,12 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
   // of locals the compiler knows that nothing else changes them, and so it vectorises
   const int64_t n = r.width;
   const T *y_norms = r.y_norms, *y_weights = r.y_weights;
-  T *y_potentials = r.y_potentials, *y_slopes = r.y_slopes;
+  T* y_potentials = r.y_potentials;
   T *s = a.s, *k = a.k, *w = a.w, *right = a.right;
   for (int64_t i = 0; i < r.rows; ++i) {
     const T *g = r.products + i * r.stride, norm = r.radial ? r.x_norms[i] : T(0);
-    const T weight = r.x_weights[i], scale = r.x_scales[i];
+    const T weight = r.x_weights[i];
+    const T scale = r.x_terms ? T(1) : r.x_scales[i];
     if (r.radial) {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
@@ -156,16 +203,10 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
     std::fill(w, w + n, T(0));
     std::copy(y_weights, y_weights + n, right);
     if (dropped) right[own] = 0;
-    for (const Part<T>& part : r.parts) {
-      T by[2] = {};
-      if (r.derive) {
-        evaluate<true>(part, n, a, by);
-        r.derivatives[part.at] += double(scale) * by[0];
-        r.derivatives[part.at + part.K] += double(scale) * by[1];
-      } else {
-        evaluate<false>(part, n, a, by);
-      }
-    }
+    if (r.derive && !r.x_terms)
+      add_parts<true>(r, scale, n, a);
+    else
+      add_parts<false>(r, scale, n, a);
     if (dropped) k[own] = 0;
     if (dropped || (crossed && r.radial)) w[own] = 0;
     T potential = 0;
@@ -175,16 +216,22 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
       y_potentials[j] += k[j] * weight;
     }
     r.x_potentials[i] += potential;
-    if (!r.weights) continue;
-    const int64_t at = i * r.weight_stride;
-    T slope = 0;
-    if constexpr (sizeof(T) == 4) {
-      if (r.bf16)
-        slope = write_weights(w, right, scale, n, static_cast<bfloat16*>(r.weights) + at, y_slopes);
+    if (r.squares) {
+      T squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t j = 0; j < n; ++j) squares += k[j] * k[j];
+      *r.squares += squares;
     }
-    if (!r.bf16)
-      slope = write_weights(w, right, scale, n, static_cast<T*>(r.weights) + at, y_slopes);
-    r.x_slopes[i] += slope;
+    if (r.x_terms) {
+      // the terms cancel in part, and of float they would lose the same in all pairs of a row
+      const double term = r.x_terms[i], *y_terms = r.y_terms, square = r.square;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) right[j] = static_cast<T>(term + y_terms[j] + square * k[j]);
+      if (dropped) right[own] = 0;
+    }
+    if (r.weights) write_row(r, i, w, right, scale, n);
+    // derivatives need the value of all parts
+    if (r.derive && r.x_terms) add_parts<true>(r, scale, n, a);
   }
 }
 

@@ -12,7 +12,8 @@ from fastxm.ops.dispatch import backend
 from fastxm.ops.info_nce import info_nce
 from fastxm.ops.mmd import mmd2
 from fastxm.ops.mmd_median import median_heuristic
-from fastxm.ops.mmd_two_sample import mmd2_and_variance, mmd_permutation_test
+from fastxm.ops.mmd_two_sample import mmd_permutation_test
+from fastxm.ops.mmd_variance import mmd2_and_variance
 from fastxm.ops.modulation import modulation
 from fastxm.ops.region_word import region_word_scores
 from fastxm.ops.word_modulation import word_attention, word_modulation

@@ -61,7 +61,7 @@ def many(
     # of the pairs in x, in y, and of both
     scales = [(f * w).to(a.dtype) for f, w in
               ((2 * of_x[:, 0], a), (2 * of_y[:, 1], b), (of_x[:, 2], a))]  # fmt: skip
-    p, r, q, t = (torch.zeros_like(w) for w in (a, b, a, b))
+    p, r, q, t = (torch.zeros_like(w, dtype=torch.float64) for w in (a, b, a, b))
     slopes = [torch.zeros_like(w) for w in (a, b)]
     gradients = [torch.zeros_like(z) if w else None for z, w in zip((x, y), wanted)]
     derivatives = c.new_zeros(len(c), len(function.parameters))

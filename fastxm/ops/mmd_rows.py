@@ -18,6 +18,9 @@ class Function:
     parameters: Tensor  # [P], of all terms
     derivatives: Tensor | None = None  # [P], float64, added to if given
     precision: str = "float32"  # of products (see mmd2)
+    # for mmd_moments, which has tiles of `native` alone; float64 scalars
+    squares: Tensor | None = None  # sum of k^2 over pairs, each once; added to if given
+    square: Tensor | None = None  # w is (scale[i] + scale[j] + square k) slope if given
     kinds: Tensor = field(init=False)  # [terms, 3]: kind, degree, K
 
     def __post_init__(self) -> None:
@@ -58,8 +61,8 @@ class Rows:
     panels: Tensor | None  # z packed (see gemm), for a CPU
     norms: Tensor  # [N], squared, of z
     weight: Tensor  # [N]
-    scale: Tensor  # [N], weight times the coefficient of the visit
-    potential: Tensor  # [N]
+    scale: Tensor  # [N], weight times the coefficient of the visit; float64 for a square
+    potential: Tensor  # [N], float64
     slopes: Tensor  # [N], sums of w
     other: Tensor  # [N, D], what gradients of the other sample are products of
     gradient: Tensor | None  # [N, D], if wanted
@@ -73,8 +76,9 @@ class Rows:
         return cls(z, panels, norms, weight, weight, zeros, torch.zeros_like(weight), other, dz)
 
     def begin(self, coefficient: Tensor) -> "Rows":
-        scale, potential = coefficient * self.weight, torch.zeros_like(self.weight)
-        return replace(self, scale=scale.to(self.weight.dtype), potential=potential)
+        scale = coefficient * self.weight
+        potential = torch.zeros_like(scale, dtype=torch.float64)
+        return replace(self, scale=scale, potential=potential)
 
     def part(self, start: int, size: int) -> "Rows":
         some = slice(start, start + size)

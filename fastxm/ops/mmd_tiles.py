@@ -35,22 +35,24 @@ def visit(
     drop: bool,
     make: Maker,
     tile: int,
+    of_y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All tiles of x against y, or the upper triangle of x against itself if y is x.
 
     Args:
         function: the kernel.
         x, y: N and M rows, whose slopes and gradients are added to.
-        coefficient: scalar, a factor of w.
+        coefficient: scalar, a factor of w; or [N], where w has a square (see Function).
         drop: leaves the pairs i = j out.
         make: what makes a tile.
         tile: rows of a tile.
+        of_y: [M], as coefficient [N].
 
     Returns:
-        potentials of x [N] and of y [M].
+        potentials of x [N] and of y [M], float64.
     """
     triangle = x is y
-    x, y = x.begin(coefficient), y.begin(coefficient)
+    x, y = x.begin(coefficient), y.begin(coefficient if of_y is None else of_y)
     y = x if triangle else y
     N, M = len(x.z), len(y.z)
     room = Room.of(x, y, tile)
@@ -85,7 +87,8 @@ def native(
     w = weights if wanted(rows, columns) else None
     sums = (rows.potential, rows.slopes, columns.potential, columns.slopes)
     made = None if columns.panels is not None else products
-    numbers = numbers_of(rows, columns, own, made, w, sums, mirrored, f.derivatives)
+    squared = (None if f.square is None else columns.scale, f.square, f.squares)
+    numbers = numbers_of(rows, columns, own, made, w, sums, mirrored, f.derivatives, squared)
     _C.mmd_tile_cpu(f.numbers(f.parameters), numbers, dispatch.threads())
     return w
 
@@ -99,14 +102,17 @@ def numbers_of(
     sums: tuple[Tensor, ...],
     mirrored: bool,
     derivatives: Tensor | None,
+    squared: tuple[Tensor | None, ...] = (None, None, None),
 ) -> list[int]:
-    """MmdTile of csrc/cpu/mmd.h; sums: potentials and slopes of rows, then those of columns."""
+    """MmdTile of csrc/cpu/mmd.h; sums: potentials and slopes of rows, then those of columns;
+    squared: y_scales, square and squares."""
     x_potential, x_slopes, *of_columns = sums
     y_potential, y_slopes = of_columns if mirrored else (None, None)
     tensors = [
         *(rows.z, columns.panels, products, weights, rows.norms, columns.norms),
         *(rows.weight, columns.weight, rows.scale, x_potential, y_potential, x_slopes, y_slopes),
         derivatives,
+        *squared,
     ]
     half = rows.z.dtype == torch.bfloat16
     numbers = [len(rows.z), len(columns.z), DIAGONALS.index(own), half, rows.z.shape[1]]

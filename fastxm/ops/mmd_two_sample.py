@@ -1,88 +1,12 @@
-"""What surrounds MMD in two-sample testing: its variance, and permutation p-values."""
+"""Permutation p-values of MMD."""
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fastxm.ops import dispatch
 from fastxm.ops.mmd_checks import problem
 from fastxm.ops.mmd_kernels import Kernel
 from fastxm.ops.mmd_rows import centred
-
-# pairs of rows at a time: glibc gives blocks of more than 32 MiB back at once, where smaller ones
-# would leave holes between what autograd keeps of each
-BLOCK = 10 << 20
-
-
-def mmd2_and_variance(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """Unbiased MMD^2 and an unbiased estimate of the variance of it, for tests and their power.
-
-    Args:
-        x, y: [N, D], N >= 4, any floating dtype. Memory is O(N D), as the kernel's matrix comes in
-            blocks of rows, which the backward makes again.
-        kernel: see mmd2. For kernels learned by power, maximise mmd2 / sqrt(max(variance, 1e-8)).
-
-    Returns:
-        two scalars, float32 (float64 for float64 inputs), differentiable to any order. The
-        estimate of the variance may be negative.
-
-    Raises:
-        ValueError: N and M differ, or fewer than 4 rows.
-
-    Source: Sutherland et al. 2017 (ICLR), in the sums a = Kxx 1, b = Kyy 1, p = Kxy 1, q = Kxy' 1,
-    diagonals of Kxx and Kyy zero.
-    """
-    problem(x, y, kernel, "u_statistic")
-    m = len(x)
-    if m < 4:
-        raise ValueError(f"mmd2_and_variance needs 4 rows or more, not {m}")
-    with torch.autocast(x.device.type, enabled=False):
-        x, y = dispatch.wide(x, y)
-        if all(k.radial for k in kernel.terms):
-            x, y = centred(x, y)
-        (a, _, xx), (b, _, yy) = _sums(x, x, kernel), _sums(y, y, kernel)
-        p, q, xy = _sums(x, y, kernel)
-        variance = (
-            (2 / (m**2 * (m - 1) ** 2))
-            * (2 * _sq(a) - xx + 2 * _sq(b) - yy)
-            - ((4 * m - 6) / (m**3 * (m - 1) ** 3)) * (a.sum() ** 2 + b.sum() ** 2)
-            + (4 * (m - 2) / (m**3 * (m - 1) ** 2)) * (_sq(p) + _sq(q))
-            - (4 * (m - 3) / (m**3 * (m - 1) ** 2)) * xy
-            - ((8 * m - 12) / (m**5 * (m - 1))) * p.sum() ** 2
-            + (8 / (m**3 * (m - 1)))
-            * ((a.sum() + b.sum()) * p.sum() / m - (a * p).sum() - (b * q).sum())
-        )  # fmt: skip
-        mean = (a.sum() + b.sum()) / (m * (m - 1)) - 2 * p.sum() / m**2
-        return mean.to(x.dtype), variance.to(x.dtype)
-
-
-def _sq(t: Tensor) -> Tensor:
-    return t.square().sum()
-
-
-def _sums(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the kernel's matrix sums of rows and of columns and the sum of squares, float64.
-
-    If y is x, its diagonal counts as 0.
-    """
-
-    def block(rows: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        k = kernel.matrix(rows, y)
-        if y is x:
-            own = torch.zeros_like(k, dtype=torch.bool)
-            own.diagonal(i).fill_(True)
-            k = k.masked_fill(own, 0)
-        k = k.double()
-        return k.sum(1), k.sum(0), _sq(k)
-
-    rows: list[Tensor] = []
-    columns, squares = y.new_zeros(len(y)).double(), y.new_zeros(()).double()
-    n = max(1, BLOCK // len(y))
-    for i, some in zip(range(0, len(x), n), x.split(n)):
-        of_rows, of_columns, square = checkpoint(block, some, i, use_reentrant=False)
-        rows.append(of_rows)
-        columns, squares = columns + of_columns, squares + square
-    return torch.cat(rows), columns, squares
 
 
 def mmd_permutation_test(

@@ -1,4 +1,6 @@
 import math
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from fastxm.ops import (
     mmd2_and_variance,
     mmd_backends,
     mmd_median,
+    mmd_moments,
+    mmd_moments_reference,
     mmd_permutation_test,
     mmd_sums,
-    mmd_two_sample,
 )
 from fastxm.ops.mmd import RBF, Energy, Laplace, Linear, Polynomial, RationalQuadratic
 from fastxm.ops.mmd_checks import stated
@@ -375,12 +378,12 @@ def test_golden_others():
         assert abs(sum(pairs) / 5 - value) < 1e-9
 
 
-def dense_variance(x, y):
-    """The variance of specs in whole matrices, of one Gaussian."""
-    m, c = len(x), x.new_tensor(len(x)).double()
-    xx, yy, xy = (kernel_formula(RBF(3.0), u, v, u is v) for u, v in ((x, x), (y, y), (x, y)))
-    xx, yy = (k - torch.eye(m, dtype=k.dtype, device=k.device) for k in (xx, yy))
-    e, a, b = torch.ones_like(x[:, 0]), xx.sum(1), yy.sum(1)
+def dense_variance(kernel, x, y):
+    """The variance of specs in whole matrices."""
+    c, pairs = float(len(x)), ((x, x), (y, y), (x, y))
+    xx, yy, xy = (kernel_formula(kernel, u, v, u is v) for u, v in pairs)
+    xx, yy = (k - k.diag().diag() for k in (xx, yy))
+    e, a, b = torch.ones_like(xx[0]), xx.sum(1), yy.sum(1)
     p, q, squares = xy @ e, xy.T @ e, [(k * k).sum() for k in (xx, yy, xy)]
     return (
         2 / (c**2 * (c - 1) ** 2) * (2 * a @ a - squares[0] + 2 * b @ b - squares[1])
@@ -394,21 +397,55 @@ def dense_variance(x, y):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for module in (mmd_two_sample, mmd_median):
+    for module in (mmd_moments_reference, mmd_median):
         monkeypatch.setattr(module, "BLOCK", 1 << 10)
+    monkeypatch.setitem(mmd_backends.TILE, "cpu", 64)  # a panel of columns
 
 
-def test_variance_by_blocks(device, small_blocks):
-    x, y = (t[0, :, :3] for t in samples(70, 70, 5, device, torch.float64))
-    plain = gradient(dense_variance)(x, y)
-    found = gradient(lambda x, y: mmd2_and_variance(x, y, RBF(3.0))[1])(x, y)
-    torch.testing.assert_close(found, plain)
-    torch.testing.assert_close(mmd2_and_variance(x, y, RBF(3.0))[1], dense_variance(x, y))
-    p = torch.tensor([0.7, 1.4], dtype=torch.float64, device=device)
-    leaves = [t.clone().requires_grad_() for t in (x[:5], y[:5], p)]
-    for kernel in (RBF, lambda p: Laplace(p) + Linear(p[0])):
-        assert gradcheck(lambda x, y, p, k=kernel: mmd2_and_variance(x, y, k(p)), leaves)
-        assert gradgradcheck(lambda x, y, p, k=kernel: mmd2_and_variance(x, y, k(p)), leaves)
+@by_name(KERNELS)
+@pytest.mark.parametrize("name", ["chosen", "reference"])
+def test_variance_by_blocks(kernel, name, device, small_blocks):
+    x, y = (t[..., :3] for t in samples(70, 70, 5, device, torch.float64))
+
+    def ours(x, y):
+        return torch.stack([mmd2_and_variance(u, v, kernel)[1] for u, v in zip(x, y)])
+
+    def dense(x, y):
+        return torch.stack([dense_variance(kernel, u, v) for u, v in zip(x, y)])
+
+    with backend(name) if name == "reference" else nullcontext():
+        torch.testing.assert_close(ours(x, y), dense(x, y))
+        torch.testing.assert_close(gradient(ours)(x, y), gradient(dense)(x, y))
+        no_worse(ours, dense, x.float(), y.float())
+        no_worse(gradient(ours), gradient(dense), x.float(), y.float(), factor=4)
+
+
+@by_name(LEARNED)
+@pytest.mark.parametrize("name", ["chosen", "reference"])
+def test_derivatives_of_the_variance(kernel, name, device):
+    x, y, _, _, p = wells(kernel, device)[1]
+    leaves = [torch.cat([x.detach(), y[:1].detach() + 1]).requires_grad_(), y, p]
+
+    def f(x, y, p):
+        return mmd2_and_variance(x, y, kernel(p))
+
+    with backend(name) if name == "reference" else nullcontext():
+        assert gradcheck(f, leaves)
+        assert gradgradcheck(f, leaves)
+        for some in ([0], [1], [2], [0, 2]):
+            assert gradcheck(f, [t if i in some else t.detach() for i, t in enumerate(leaves)])
+
+
+def test_dispatch_of_the_variance(device):
+    x, y = (t[0].requires_grad_() for t in samples(9, 9, 5, device))
+    kernel = RBF((1, 2))
+    numbers, parameters = stated([kernel], x)
+    torch.library.opcheck(mmd_moments.moments, (x, y, parameters, numbers))
+    want = torch.autograd.grad(mmd2_and_variance(x, y, kernel), (x, y))
+    compiled = torch.compile(mmd2_and_variance, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, y, kernel), (x, y)), want)
+    with backend("triton"), pytest.raises(NotImplementedError, match="mmd2_and_variance"):
+        mmd2_and_variance(x, y, kernel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -424,11 +461,14 @@ def test_median_by_blocks(n, m, dtype, device, small_blocks):
 
 
 def test_memory_of_blocks(monkeypatch):
-    for module in (mmd_two_sample, mmd_median):
+    for module in (mmd_moments_reference, mmd_median):
         monkeypatch.setattr(module, "BLOCK", 1 << 13)
+    monkeypatch.setitem(mmd_backends.TILE, "cpu", 64)
     x, y = (torch.randn(600, 4, requires_grad=True) for _ in range(2))
     matrix = 4 * 600 * 600
-    assert peak_bytes(lambda: mmd2_and_variance(x, y, RBF(3.0))[1].backward()) < matrix
+    for kernel in (RBF(3.0), RBF(3.0) + Linear()):  # by tiles of C++, and in plain PyTorch
+        call = partial(mmd2_and_variance, x, y, kernel)
+        assert peak_bytes(lambda call=call: call()[1].backward()) < matrix
     assert peak_bytes(lambda: median_heuristic(x, y)) < 2 * matrix  # half of the 1,200 rows' pairs
 
 
