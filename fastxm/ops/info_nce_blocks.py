@@ -53,10 +53,9 @@ class _Logits:
         """
         if not ready:
             gemm.multiply(self.x[here], self.y.T, products)
-        (N, D), M = self.x[here].shape, len(self.y)
-        sizes = (self.wide == torch.float64, N, M, self.offset + here.start, self.half, D, D)
-        row_labels = None if self.row_labels is None else self.row_labels[here]
-        tensors = (self.x[here], None, products, self.a[here], self.b, row_labels, self.labels)
+        a, row_labels = self.a[here], None if self.row_labels is None else self.row_labels[here]
+        sizes = (self.wide == torch.float64, len(a), len(self.y), self.offset + here.start)
+        tensors = (products, a, self.b, row_labels, self.labels)
         return sizes, tuple(0 if t is None else t.data_ptr() for t in tensors)
 
     def run(self, part: str, tiles: tuple, *arguments: Any) -> None:
