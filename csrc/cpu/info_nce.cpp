@@ -174,7 +174,7 @@ void gradients(InfoNceProblem p, const float* row_terms, const float* column_ter
   if constexpr (sizeof(Out) == 2)
     if (sum.data()) round_rows(sum.data(), D, M, D, dy, D);
   inner(pointer<const E>(p.x), dx, N, D, a.data(), pointer<float>(out[2]), threads);
-  inner(pointer<const E>(p.y), dy, M, D, b.data(), pointer<float>(out[3]), threads);
+  if (out[3]) inner(pointer<const E>(p.y), dy, M, D, b.data(), pointer<float>(out[3]), threads);
 }
 
 }  // namespace

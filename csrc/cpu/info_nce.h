@@ -71,7 +71,7 @@ void info_nce_losses_cpu(const InfoNceProblemSizes& sizes, const InfoNceProblemA
                          const std::array<std::uintptr_t, 3>& results, double smoothing,
                          std::uintptr_t counts, std::int64_t workspace, int threads);
 
-// gradients of x, y, row_factor and column_factor, all float32, from the terms of
+// gradients of x, y, row_factor and (unless 0) column_factor, all float32, from the terms of
 // info_nce_bwd_cpu
 using InfoNceGradients = std::array<std::uintptr_t, 4>;
 void info_nce_sums_bwd_cpu(const InfoNceProblemSizes& sizes,
