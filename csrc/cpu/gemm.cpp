@@ -16,7 +16,6 @@ namespace fastxm {
 
 namespace {
 
-constexpr int kRows = 6;     // rows of a register tile: 24 accumulators of 16 floats
 constexpr int kVectors = 4;  // vectors of a panel's row
 // steps that are summed before the sum is added to others: fewer roundings, and 64 KB of a panel
 constexpr std::int64_t kDepth = 256;
@@ -75,8 +74,9 @@ template <class Element>
 FASTXM_TILE void times_panel(const char* a, std::int64_t a_row, std::int64_t a_step,
                              std::int64_t rows, const char* panel, std::int64_t steps, float* out,
                              std::int64_t out_stride, std::int64_t width, bool add) {
-  for (; rows >= kRows; rows -= kRows, a += kRows * a_row, out += kRows * out_stride)
-    tile<Element, kRows>(a, a_row, a_step, panel, steps, out, out_stride, width, add);
+  for (; rows >= kTileRows;
+       rows -= kTileRows, a += kTileRows * a_row, out += kTileRows * out_stride)
+    tile<Element, kTileRows>(a, a_row, a_step, panel, steps, out, out_stride, width, add);
   for (; rows >= 2; rows -= 2, a += 2 * a_row, out += 2 * out_stride)
     tile<Element, 2>(a, a_row, a_step, panel, steps, out, out_stride, width, add);
   if (rows) tile<Element, 1>(a, a_row, a_step, panel, steps, out, out_stride, width, add);
@@ -111,6 +111,98 @@ void multiply(const Panels& panels, const Left& a, std::int64_t rows, std::int64
     multiply_as<Float>(panels, a, rows, first, columns, out, out_stride, add);
 }
 
+namespace {
+
+#define FASTXM_AVX512 __attribute__((target("arch=x86-64-v4")))
+
+// Four rounds, each of which turns the bits of (row, column) by one: the row's highest becomes the
+// column's lowest.
+FASTXM_AVX512 FASTXM_INLINE void transpose_block(__m512i (&rows)[16]) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int round = 0; round < 4; ++round) {
+    __m512i turned[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      turned[2 * i] = _mm512_permutex2var_epi32(rows[i], low, rows[i + 8]);
+      turned[2 * i + 1] = _mm512_permutex2var_epi32(rows[i], high, rows[i + 8]);
+    }
+    std::copy_n(turned, 16, rows);
+  }
+}
+
+FASTXM_AVX512 FASTXM_INLINE __mmask16 first_of(std::int64_t n) {
+  return static_cast<__mmask16>((1u << std::min<std::int64_t>(16, n)) - 1);
+}
+
+// one panel of rows of y; of bfloat16 those of a pair stand beside each other
+FASTXM_AVX512 void pack_panel(const std::uint32_t* y, std::int64_t rows, std::int64_t width,
+                              std::int64_t stride, std::uint32_t* to) {
+  for (std::int64_t k = 0; k < rows; ++k, y += stride, to += kPanel) {
+    for (std::int64_t i = 0; i < width; ++i) to[i] = y[i];
+    for (std::int64_t i = width; i < kPanel; ++i) to[i] = 0;
+  }
+}
+
+FASTXM_AVX512 void pack_panel(const std::uint16_t* y, std::int64_t rows, std::int64_t width,
+                              std::int64_t stride, std::uint32_t* to) {
+  for (std::int64_t k = 0; k < rows; k += 2, y += 2 * stride, to += kPanel) {
+    if (k + 1 < rows)
+      for (std::int64_t i = 0; i < width; ++i) to[i] = y[i] | std::uint32_t{y[stride + i]} << 16;
+    else
+      for (std::int64_t i = 0; i < width; ++i) to[i] = y[i];
+    for (std::int64_t i = width; i < kPanel; ++i) to[i] = 0;
+  }
+}
+
+}  // namespace
+
+FASTXM_AVX512 void transpose(const void* from, std::int64_t stride, std::int64_t rows,
+                             std::int64_t columns, void* to, std::int64_t to_stride) {
+  const auto* source = static_cast<const std::uint32_t*>(from);
+  for (std::int64_t j = 0; j < columns; j += 16)
+    for (std::int64_t i = 0; i < rows; i += 16) {
+      const __mmask16 width = first_of(columns - j), height = first_of(rows - i);
+      __m512i block[16];
+#pragma GCC unroll 16
+      for (int k = 0; k < 16; ++k)
+        block[k] = i + k < rows ? _mm512_maskz_loadu_epi32(width, source + (i + k) * stride + j)
+                                : _mm512_setzero_si512();
+      transpose_block(block);
+      auto* at = static_cast<std::uint32_t*>(to) + j * to_stride + i;
+#pragma GCC unroll 16
+      for (int k = 0; k < 16; ++k)
+        if (j + k < columns) _mm512_mask_storeu_epi32(at + k * to_stride, height, block[k]);
+    }
+}
+
+void pack_rows(const Panels& panels, const void* y, std::int64_t rows, std::int64_t columns,
+               std::int64_t stride, std::int64_t first, int threads) {
+  const std::int64_t words = panels.bf16 ? 2 : 1;  // of bfloat16 two elements make one
+#pragma omp parallel for num_threads(threads)
+  for (std::int64_t j = 0; j < columns; j += kPanel) {
+    auto* to = pointer<std::uint32_t>(panels.data) + (j * panels.depth + first * kPanel) / words;
+    const std::int64_t width = std::min(kPanel, columns - j);
+    if (panels.bf16)
+      pack_panel(static_cast<const std::uint16_t*>(y) + j, rows, width, stride, to);
+    else
+      pack_panel(static_cast<const std::uint32_t*>(y) + j, rows, width, stride, to);
+  }
+}
+
+void pack_columns(const Panels& panels, const void* y, std::int64_t columns, std::int64_t stride,
+                  int threads) {
+  const std::int64_t words = panels.bf16 ? 2 : 1, steps = panels.depth / words;
+#pragma omp parallel for num_threads(threads)
+  for (std::int64_t j = 0; j < columns; j += kPanel) {
+    const std::int64_t width = std::min(kPanel, columns - j);
+    auto* to = pointer<std::uint32_t>(panels.data) + j * steps;
+    if (width < kPanel) std::fill_n(to, kPanel * steps, 0u);
+    transpose(static_cast<const std::uint32_t*>(y) + j * stride / words, stride / words, width,
+              steps, to, kPanel);
+  }
+}
+
 #else
 
 const char* gemm_level() { return ""; }
@@ -118,83 +210,36 @@ const char* gemm_level() { return ""; }
 void multiply(const Panels&, const Left&, std::int64_t, std::int64_t, std::int64_t, float*,
               std::int64_t, bool) {}
 
+void transpose(const void*, std::int64_t, std::int64_t, std::int64_t, void*, std::int64_t) {}
+
+void pack_rows(const Panels&, const void*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+               int) {}
+
+void pack_columns(const Panels&, const void*, std::int64_t, std::int64_t, int) {}
+
 #endif
 
 void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
-              std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride) {
-  multiply(panels, {a, a_stride * (panels.bf16 ? 2 : 4), 4}, rows, first, columns, out, out_stride,
-           false);
+              std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride,
+              bool add) {
+  multiply(panels, Left{a, a_stride * (panels.bf16 ? 2 : 4), 4}, rows, first, columns, out,
+           out_stride, add);
 }
 
-namespace {
-
-// T: an element, or a pair of bfloat16
-template <class T>
-void pack(const T* y, std::int64_t rows, std::int64_t steps, std::int64_t stride, T* panels,
-          int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (std::int64_t first = 0; first < rows; first += kPanel) {
-    std::int64_t width = std::min(kPanel, rows - first);
-    const T* from = y + first * stride;
-    T* to = panels + first * steps;
-    for (std::int64_t k = 0; k < steps; ++k, to += kPanel) {
-      for (std::int64_t j = 0; j < width; ++j) to[j] = from[j * stride + k];
-      for (std::int64_t j = width; j < kPanel; ++j) to[j] = 0;
-    }
-  }
-}
-
-// steps of rows of y become those of panels [.., depth, kPanel]; a step of bfloat16 has two rows
-template <class T>
-void pack_rows(const T* y, std::int64_t rows, std::int64_t columns, std::int64_t stride, T* panels,
-               std::int64_t depth, std::int64_t step) {
-  for (std::int64_t j = 0; j < columns; j += kPanel, panels += depth * kPanel) {
-    const std::int64_t width = std::min(kPanel, columns - j);
-    T* to = panels;
-    for (std::int64_t k = 0; k < rows; k += step, to += step * kPanel) {
-      const T* from = y + k * stride + j;
-      if (width < kPanel || k + step > rows) std::fill_n(to, step * kPanel, T(0));
-      if (step == 1)
-        std::copy_n(from, width, to);
-      else if (k + 1 == rows)
-        for (std::int64_t i = 0; i < width; ++i) to[2 * i] = from[i];
-      else
-        for (std::int64_t i = 0; i < width; ++i)
-          to[2 * i] = from[i], to[2 * i + 1] = from[i + stride];
-    }
-  }
-}
-
-}  // namespace
-
-void pack_depth(const Panels& panels, const void* y, std::int64_t rows, std::int64_t columns,
-                std::int64_t stride, std::int64_t first) {
-  if (panels.bf16)
-    pack_rows(static_cast<const std::uint16_t*>(y), rows, columns, stride,
-              pointer<std::uint16_t>(panels.data) + first * kPanel, panels.depth, 2);
-  else
-    pack_rows(static_cast<const std::uint32_t*>(y), rows, columns, stride,
-              pointer<std::uint32_t>(panels.data) + first * kPanel, panels.depth, 1);
-}
-
-void gemm_pack_cpu(bool bf16, std::uintptr_t y, std::int64_t rows, std::int64_t depth,
+void gemm_pack_cpu(bool bf16, std::uintptr_t y, std::int64_t columns, std::int64_t depth,
                    std::int64_t stride, std::uintptr_t panels, int threads) {
-  std::int64_t step = bf16 ? 2 : 1;
-  pack(pointer<const std::uint32_t>(y), rows, depth / step, stride / step,
-       pointer<std::uint32_t>(panels), threads);
+  pack_columns({bf16, depth, panels}, pointer<const void>(y), columns, stride, threads);
 }
 
 void gemm_cpu(bool bf16, std::uintptr_t a, std::int64_t a_stride, std::int64_t rows,
               std::uintptr_t panels, std::int64_t depth, std::int64_t columns, std::uintptr_t out,
               std::int64_t out_stride, int threads) {
-  constexpr std::int64_t kStrip = 4 * kPanel, kChunk = 240;
-  Panels packed{bf16, depth, panels};
-#pragma omp parallel for collapse(2) num_threads(threads)
-  for (std::int64_t i = 0; i < rows; i += kChunk)
-    for (std::int64_t j = 0; j < columns; j += kStrip)
-      multiply(packed, pointer<const char>(a) + i * a_stride * (bf16 ? 2 : 4), a_stride,
-               std::min(kChunk, rows - i), j, std::min(kStrip, columns - j),
-               pointer<float>(out) + i * out_stride + j, out_stride);
+  const Panels packed = {bf16, depth, panels};
+  auto part = [&](std::int64_t i, std::int64_t n, std::int64_t j, std::int64_t width) {
+    multiply(packed, pointer<const char>(a) + i * a_stride * (bf16 ? 2 : 4), a_stride, n, j, width,
+             pointer<float>(out) + i * out_stride + j, out_stride);
+  };
+  for_each_part(rows, columns, threads, part);
 }
 
 }  // namespace fastxm

@@ -2,30 +2,50 @@
 // behind it can be done while the tile is in the first cache level.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "cpu/lines.h"
 
 namespace fastxm {
 
 constexpr std::int64_t kPanel = 64;  // columns of a panel
 
-// the widest products that this machine has: "bfloat16" (and float32), "float32", or "" (neither)
+// elements of one step of a product's depth: of bfloat16 they are multiplied in pairs
+template <class E>
+constexpr std::int64_t kStep = sizeof(E) == 2 ? 2 : 1;
+
+// the widest products that this machine has: "bfloat16" (and float32), "float32", or "" (neither).
+// Nothing below but the panels' size is there without one.
 const char* gemm_level();
 
-// y [M, depth] as panels of 64 columns of its transpose: [M / 64 rounded up, depth, 64], of
-// bfloat16 [M / 64 rounded up, depth / 2, 64, 2]; depth is even then. Columns beyond M are 0.
+// a matrix [depth, columns] as panels of 64 columns: [columns / 64 rounded up, depth, 64], of
+// bfloat16 [columns / 64 rounded up, depth / 2, 64, 2]; depth is even then. What is missing is 0.
 struct Panels {
   bool bf16;
   std::int64_t depth;
   std::uintptr_t data;
 };
 
-void gemm_pack_cpu(bool bf16, std::uintptr_t y, std::int64_t rows, std::int64_t depth,
+inline std::int64_t panels_size(std::int64_t columns, std::int64_t depth) {
+  return round_up(columns, kPanel) * depth;
+}
+
+// y [rows, columns], of rows `stride` apart, as the panels' depth from row `first` on; of bfloat16
+// `first` is even, and an odd last row is followed by one of 0
+void pack_rows(const Panels& panels, const void* y, std::int64_t rows, std::int64_t columns,
+               std::int64_t stride, std::int64_t first, int threads);
+
+// y [columns, depth], of rows `stride` apart, as the panels' columns
+void pack_columns(const Panels& panels, const void* y, std::int64_t columns, std::int64_t stride,
+                  int threads);
+
+void gemm_pack_cpu(bool bf16, std::uintptr_t y, std::int64_t columns, std::int64_t depth,
                    std::int64_t stride, std::uintptr_t panels, int threads);
 
-// y [rows, columns] as the panels of its columns, from row `first` of their depth on; of bfloat16
-// `first` is even, and an odd last row is followed by one of 0
-void pack_depth(const Panels& panels, const void* y, std::int64_t rows, std::int64_t columns,
-                std::int64_t stride, std::int64_t first);
+// to [columns, to_stride] = the transpose of from [rows, stride], of floats or pairs of bfloat16
+void transpose(const void* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+               void* to, std::int64_t to_stride);
 
 // a matrix whose step k of row i, a float or a pair of bfloat16, is at data + i row + k step, bytes
 struct Left {
@@ -36,11 +56,27 @@ struct Left {
 // out [rows, columns] = a [rows, depth] times the packed columns from `first`, a multiple of 64; or
 // that is added to it
 void multiply(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
-              std::int64_t columns, float* out, std::int64_t out_stride, bool add);
+              std::int64_t columns, float* out, std::int64_t out_stride, bool add = false);
 
 // the same of a whose rows stand a_stride elements apart
 void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
-              std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride);
+              std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride,
+              bool add = false);
+
+constexpr std::int64_t kTileRows = 6;  // of a register tile: 24 accumulators of 16 floats
+constexpr std::int64_t kPart = 240;    // most rows of a part
+
+// f(first row, rows, first column, columns) for the parts of a product, of a panel's columns each
+// and of about one height, since each thread takes as many of them as any other
+template <class F>
+void for_each_part(std::int64_t rows, std::int64_t columns, int threads, F f) {
+  const std::int64_t parts = std::max<std::int64_t>(1, round_up(rows, kPart) / kPart);
+  const std::int64_t step = std::max(kTileRows, round_up((rows + parts - 1) / parts, kTileRows));
+#pragma omp parallel for collapse(2) num_threads(threads)
+  for (std::int64_t i = 0; i < rows; i += step)
+    for (std::int64_t j = 0; j < columns; j += kPanel)
+      f(i, std::min(step, rows - i), j, std::min(kPanel, columns - j));
+}
 
 void gemm_cpu(bool bf16, std::uintptr_t a, std::int64_t a_stride, std::int64_t rows,
               std::uintptr_t panels, std::int64_t depth, std::int64_t columns, std::uintptr_t out,

@@ -13,20 +13,18 @@ namespace fastxm {
 // out, but for the positive.
 struct InfoNceBlock {
   std::int64_t float64, rows, columns, target;
-  // where panels are given they times x make the products, and there is no address of them
-  std::int64_t bf16, depth, x_stride;
-  std::uintptr_t x, panels, products, row_factor, column_factor, row_labels, column_labels;
+  std::uintptr_t products, row_factor, column_factor, row_labels, column_labels;
 };
 
 // statistics of a row or a column: a reference, and over the entries the sums of e = exp(s -
 // reference), of e s and of s, and the maximum of s
 constexpr std::int64_t kStatistics = 5;
 
-using InfoNceSizes = std::array<std::int64_t, 7>;
-using InfoNceAddresses = std::array<std::uintptr_t, 7>;
+using InfoNceSizes = std::array<std::int64_t, 4>;
+using InfoNceAddresses = std::array<std::uintptr_t, 5>;
 
 inline InfoNceBlock info_nce_block(const InfoNceSizes& s, const InfoNceAddresses& a) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], a[0], a[1], a[2], a[3], a[4], a[5], a[6]};
+  return {s[0], s[1], s[2], s[3], a[0], a[1], a[2], a[3], a[4]};
 }
 
 // row_stats [6, row_stride]: the five, and the positive, which is left as it is where there is
@@ -52,8 +50,10 @@ struct InfoNceProblem {
   std::uintptr_t x, y, row_factor, column_factor, row_labels, column_labels, kept;
 };
 using InfoNceProblemSizes = std::array<std::int64_t, 5>;
+using InfoNceProblemAddresses = std::array<std::uintptr_t, 7>;
 
-inline InfoNceProblem info_nce_problem(const InfoNceProblemSizes& s, const InfoNceAddresses& a) {
+inline InfoNceProblem info_nce_problem(const InfoNceProblemSizes& s,
+                                       const InfoNceProblemAddresses& a) {
   return {s[0], s[1], s[2], s[3], s[4], a[0], a[1], a[2], a[3], a[4], a[5], a[6]};
 }
 
@@ -61,30 +61,31 @@ inline InfoNceProblem info_nce_problem(const InfoNceProblemSizes& s, const InfoN
 std::array<std::int64_t, 4> info_nce_kept_cpu();
 
 // row_stats [6, rows] and column_stats [5, columns], as above. workspace: bytes to keep within
-void info_nce_sums_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+void info_nce_sums_cpu(const InfoNceProblemSizes& sizes, const InfoNceProblemAddresses& addresses,
                        std::uintptr_t row_stats, std::uintptr_t column_stats,
                        std::int64_t workspace, int threads);
 
 // results: losses [rows]; log-sum-exps, entropies and hits of rows [3, rows] and, 0 if only rows
 // count, of columns [3, columns]. counts: of each row's candidates, or 0 for all
-void info_nce_losses_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
+void info_nce_losses_cpu(const InfoNceProblemSizes& sizes, const InfoNceProblemAddresses& addresses,
                          const std::array<std::uintptr_t, 3>& results, double smoothing,
                          std::uintptr_t counts, std::int64_t workspace, int threads);
 
-// gradients of x, y, row_factor and column_factor, all float32, from the terms of
+// gradients of x, y, row_factor and (unless 0) column_factor, all float32, from the terms of
 // info_nce_bwd_cpu
 using InfoNceGradients = std::array<std::uintptr_t, 4>;
-void info_nce_sums_bwd_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
-                           std::uintptr_t row_terms, std::uintptr_t column_terms,
-                           const InfoNceGradients& gradients, double smoothing,
-                           std::int64_t workspace, int threads);
+void info_nce_sums_bwd_cpu(const InfoNceProblemSizes& sizes,
+                           const InfoNceProblemAddresses& addresses, std::uintptr_t row_terms,
+                           std::uintptr_t column_terms, const InfoNceGradients& gradients,
+                           double smoothing, std::int64_t workspace, int threads);
 
 // the same from the gradient of each loss, dloss_stride apart, and all log-sum-exps; those of x
 // and y are of their dtype
-void info_nce_losses_bwd_cpu(const InfoNceProblemSizes& sizes, const InfoNceAddresses& addresses,
-                             std::uintptr_t dloss, std::int64_t dloss_stride,
-                             std::uintptr_t row_lse, std::uintptr_t column_lse,
-                             const InfoNceGradients& gradients, double smoothing,
-                             std::uintptr_t counts, std::int64_t workspace, int threads);
+void info_nce_losses_bwd_cpu(const InfoNceProblemSizes& sizes,
+                             const InfoNceProblemAddresses& addresses, std::uintptr_t dloss,
+                             std::int64_t dloss_stride, std::uintptr_t row_lse,
+                             std::uintptr_t column_lse, const InfoNceGradients& gradients,
+                             double smoothing, std::uintptr_t counts, std::int64_t workspace,
+                             int threads);
 
 }  // namespace fastxm

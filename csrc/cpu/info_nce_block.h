@@ -67,12 +67,16 @@ void join_parts(const T* parts, std::int64_t count, std::int64_t part, std::int6
   }
 }
 
-// where the products of a tile are not yet: makes them in its own place
-void make_products(const InfoNceBlock& b, const Tile<float>& t, std::int64_t i, std::int64_t j) {
-  std::int64_t bytes = b.bf16 ? 2 : 4;
-  multiply({b.bf16 != 0, b.depth, b.panels}, pointer<const char>(b.x) + i * b.x_stride * bytes,
-           b.x_stride, t.rows, j, t.width, t.s, kStrip);
-}
+// what makes the products of a tile that begins in row i and column j
+struct Products {
+  Panels panels;  // y's columns
+  const char* x;
+  std::int64_t stride;  // bytes from row to row
+
+  void operator()(const Tile<float>& t, std::int64_t i, std::int64_t j) const {
+    multiply(panels, Left{x + i * stride, stride, 4}, t.rows, j, t.width, t.s, kStrip);
+  }
+};
 
 // f(tile, its first row, its first column, whether a chunk begins) for the tiles of each chunk of
 // rows of each strip of columns
@@ -81,7 +85,7 @@ void for_each_tile(const InfoNceBlock& b, int threads, F f) {
   const auto* row_labels = pointer<const std::int64_t>(b.row_labels);
   const auto* column_labels = pointer<const std::int64_t>(b.column_labels);
   std::int64_t step = chunk_of(b.rows);
-#pragma omp parallel for collapse(2) num_threads(threads)
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
   for (std::int64_t chunk = 0; chunk < b.rows; chunk += step)
     for (std::int64_t j = 0; j < b.columns; j += kStrip) {
       alignas(64) T scratch[kTile * kStrip];
@@ -100,8 +104,9 @@ void for_each_tile(const InfoNceBlock& b, int threads, F f) {
     }
 }
 
-template <class T, class E = float>
-void fwd(const InfoNceBlock& b, T* row_stats, std::int64_t row_stride, T* column_stats,
+// make(tile, its first row, its first column): its products, where they are not there yet
+template <class T, class E, class Make>
+void fwd(const InfoNceBlock& b, Make make, T* row_stats, std::int64_t row_stride, T* column_stats,
          Kept<E>* kept, int threads) {
   if (b.rows * b.columns < kSmall) threads = 1;
   std::int64_t strips = (b.columns + kStrip - 1) / kStrip;
@@ -112,8 +117,7 @@ void fwd(const InfoNceBlock& b, T* row_stats, std::int64_t row_stride, T* column
     T* column = columns.data() + (i / step * strips + j / kStrip) * kStatistics * kStrip;
     for (std::int64_t k = 0; first && k < kStrip; ++k)
       store<T>({T(kNothing), 0, 0, 0, T(-INFINITY)}, column + k, kStrip);
-    if constexpr (sizeof(T) == 4)
-      if (b.panels) make_products(b, t, i, j);
+    make(t, i, j);
     Kept<E>* own = kept ? kept + i / kTile * strips + j / kStrip : nullptr;
     fwd_tile(t, rows.data() + j / kStrip * kStatistics * b.rows + i, b.rows, column, own);
     for (std::int64_t k = 0; k < t.rows; ++k) {

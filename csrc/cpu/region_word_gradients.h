@@ -13,10 +13,10 @@ namespace {
 template <class E>
 struct Gradients {
   Tiles<E>& t;
-  Room<E> words;                // panels of the words
-  Room<E> ds, alpha, contexts;  // [block] panels, of the regions, and of contexts times 2 d|c|^2
-  Room<E> rows;                 // [block, K, width] ds, if words get a gradient
-  Room<float> radial;           // [block, K]
+  Lines<E> words;                // panels of the words
+  Lines<E> ds, alpha, contexts;  // [block] panels, of the regions, and of contexts times 2 d|c|^2
+  Lines<E> rows;                 // [block, K, width] ds, if words get a gradient
+  Lines<float> radial;           // [block, K]
 
   Gradients(Tiles<E>& tiles, bool of_words)
       : t(tiles),
@@ -27,7 +27,7 @@ struct Gradients {
         rows(of_words ? t.g.block * t.K * t.width : 0),
         radial(t.g.block * t.K) {
     for (const Chunk& c : t.chunks)
-      pack_depth(t.panels(words, t.D, t.places, 0), t.words(c.word), c.words, t.D, t.D, c.place);
+      pack_rows(t.panels(words, t.D, t.places, 0), t.words(c.word), c.words, t.D, t.D, c.place, 1);
   }
 
   void differentiate_tile(Tile<E>& tile, const Chunk& c, int64_t first, int64_t at,
@@ -35,9 +35,9 @@ struct Gradients {
     const int64_t R = t.R, D = t.D;
     const float* rnorm = pointer<const float>(t.g.word_rnorm) + c.word;
     const E* by = tile.attention(c, first + at, at, true);
-    pack_depth(t.panels(alpha, R, t.places, at), by, c.words, R, t.width, c.place);
+    pack_rows(t.panels(alpha, R, t.places, at), by, c.words, R, t.width, c.place, 1);
     t.multiply_rows(t.rows(at), tile.context, D, c.words, R, tile.h);
-    float* own = radial.data + at * t.K + c.word;
+    float* own = radial.data() + at * t.K + c.word;
     tile.for_each_text(c, [&](int64_t text, int64_t k, int64_t n) {
       float* none = nullptr;
       differentiate(tile.s + k * R, tile.h + k * R, tile.alpha + k * R, tile.h + k * R, none,
@@ -47,11 +47,11 @@ struct Gradients {
     });
     for (int64_t k = 0; k < c.words; ++k) tile.dsquare[k] *= 2;
     scale_rows(tile.context, tile.dsquare, c.words, D, tile.scaled);
-    pack_depth(t.panels(contexts, D, t.places, at), tile.scaled, c.words, D, D, c.place);
-    E* to = of_words ? rows.data + (at * t.K + c.word) * t.width : tile.weights;
+    pack_rows(t.panels(contexts, D, t.places, at), tile.scaled, c.words, D, D, c.place, 1);
+    E* to = of_words ? rows.data() + (at * t.K + c.word) * t.width : tile.weights;
     by = tile.factor(tile.h, c.words, to);
     if (of_words && by != to) std::copy_n(by, c.words * t.width, to);
-    pack_depth(t.panels(ds, R, t.places, at), by, c.words, R, t.width, c.place);
+    pack_rows(t.panels(ds, R, t.places, at), by, c.words, R, t.width, c.place, 1);
   }
 
   // of the regions from r on, one panel of them; out [kPanel, D] is scratch
@@ -59,13 +59,13 @@ struct Gradients {
     const int64_t count = std::min(kPanel, t.R - r), D = t.D, step = 4 * kPanel;
     const Panels d = t.panels(ds, t.R, t.places, at), a = t.panels(alpha, t.R, t.places, at);
     auto left = [&](const Panels& p) { return Left{pointer<E>(p.data) + r * t.places, 4, step}; };
-    multiply(t.panels(words, D, t.places, 0), left(d), count, 0, D, out, D, false);
+    multiply(t.panels(words, D, t.places, 0), left(d), count, 0, D, out, D);
     multiply(t.panels(contexts, D, t.places, at), left(a), count, 0, D, out, D, true);
     const int64_t to = ((first + at) * t.R + r) * D;
     if (t.g.word_softmax)
       round_rows(out, count, D, dregions + to, D);
     else
-      through_norms(out, t.picture(first + at) + r * D, t.norms.data + at * t.R + r, count, D,
+      through_norms(out, t.picture(first + at) + r * D, t.norms.data() + at * t.R + r, count, D,
                     dregions + to);
   }
 
@@ -73,9 +73,9 @@ struct Gradients {
   void to_words(int64_t k, int64_t pictures, float* dwords) const {
     const int64_t count = std::min(kWords, t.K - k);
     for (int64_t at = 0; at < pictures; ++at) {
-      t.multiply_rows(t.columns(at), rows.data + (at * t.K + k) * t.width, t.width, count, t.D,
+      t.multiply_rows(t.columns(at), rows.data() + (at * t.K + k) * t.width, t.width, count, t.D,
                       dwords + k * t.D, true);
-      add_rows(dwords + k * t.D, radial.data + at * t.K + k, t.words(k), count, t.D);
+      add_rows(dwords + k * t.D, radial.data() + at * t.K + k, t.words(k), count, t.D);
     }
   }
 };
@@ -85,23 +85,18 @@ void tiles_bwd(const RegionWordGiven& g, float sharp, float pool, const float* d
                int64_t stride, E* dregions, float* dwords, int threads) {
   Tiles<E> t(g, sharp, pool, threads);
   Gradients<E> gradients(t, dwords != nullptr);
-  const int64_t chunks = t.chunks.size();
   for (int64_t first = 0; first < g.pictures; first += g.block) {
     const int64_t count = std::min(g.block, g.pictures - first);
-    t.prepare(first, count);
+    for_each_tile(t, first, count, [&](Tile<E>& tile, const Chunk& c, int64_t at) {
+      gradients.differentiate_tile(tile, c, first, at, dscores, stride, dwords != nullptr);
+    });
 #pragma omp parallel num_threads(threads)
     {
-      Tile<E> tile(t);
-#pragma omp for collapse(2)
-      for (int64_t at = 0; at < count; ++at)
-        for (int64_t i = 0; i < chunks; ++i)
-          gradients.differentiate_tile(tile, t.chunks[i], first, at, dscores, stride,
-                                       dwords != nullptr);
-      Room<float> out(kPanel * t.D);
+      Lines<float> out(kPanel * t.D);
 #pragma omp for collapse(2)
       for (int64_t at = 0; at < count; ++at)
         for (int64_t r = 0; r < t.R; r += kPanel)
-          gradients.to_regions(r, first, at, out.data, dregions);
+          gradients.to_regions(r, first, at, out.data(), dregions);
 #pragma omp for
       for (int64_t k = 0; k < t.K; k += kWords)
         if (dwords) gradients.to_words(k, count, dwords);

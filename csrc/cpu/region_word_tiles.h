@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <new>
 #include <vector>
 
 #include "cpu/gemm.h"
@@ -15,29 +14,6 @@ namespace fastxm {
 namespace {
 
 constexpr int64_t kWords = 96;  // of a tile, in whole texts
-
-// n elements that begin a cache line, uninitialised
-template <class T>
-struct Room {
-  static constexpr std::align_val_t kLine{64};
-  T* data;
-  explicit Room(int64_t n) : data(static_cast<T*>(::operator new(n * sizeof(T), kLine))) {}
-  Room(const Room&) = delete;
-  ~Room() { ::operator delete(data, kLine); }
-};
-
-template <class E>
-constexpr int64_t kStep = sizeof(E) == 2 ? 2 : 1;
-
-// n as a multiple of the elements of a product's step
-template <class E>
-int64_t whole(int64_t n) {
-  return (n + kStep<E> - 1) / kStep<E> * kStep<E>;
-}
-
-int64_t panels_size(int64_t columns, int64_t depth) {
-  return (columns + kPanel - 1) / kPanel * kPanel * depth;
-}
 
 // whole texts, of at most kWords words if there are several; their words' first place in the
 // depth of a product
@@ -54,8 +30,8 @@ struct Tiles {
   int64_t K, R, D, width, places = 0, longest = 0, most = 0;  // of a text, of a chunk
   const int64_t* starts;
   std::vector<Chunk> chunks;
-  Room<E> across, along;  // [block] panels of the rows of pictures, and of their columns
-  Room<float> norms;      // [block, R]
+  Lines<E> across, along;  // [block] panels of the rows of pictures, and of their columns
+  Lines<float> norms;      // [block, R]
 
   Tiles(const RegionWordGiven& given, float sharpness, float pooling, int n)
       : g(given),
@@ -65,7 +41,7 @@ struct Tiles {
         K(g.words),
         R(g.regions),
         D(g.depth),
-        width(whole<E>(R)),
+        width(round_up(R, kStep<E>)),
         starts(pointer<const int64_t>(g.starts)),
         across(g.block * panels_size(R, D)),
         along(g.block * panels_size(D, width)),
@@ -79,13 +55,13 @@ struct Tiles {
     }
     for (Chunk& c : chunks) {
       c.place = places;
-      places += whole<E>(c.words);
+      places += round_up(c.words, kStep<E>);
       most = std::max(most, c.words);
     }
   }
 
-  Panels panels(const Room<E>& room, int64_t columns, int64_t depth, int64_t at) const {
-    const E* data = room.data + at * panels_size(columns, depth);
+  Panels panels(const Lines<E>& room, int64_t columns, int64_t depth, int64_t at) const {
+    const E* data = room.data() + at * panels_size(columns, depth);
     return {sizeof(E) == 2, depth, reinterpret_cast<std::uintptr_t>(data)};
   }
   Panels rows(int64_t at) const { return panels(across, R, D, at); }
@@ -95,32 +71,30 @@ struct Tiles {
 
   void multiply_rows(const Panels& by, const E* a, int64_t stride, int64_t n, int64_t columns,
                      float* out, bool add = false) const {
-    const int64_t size = sizeof(E);
-    multiply(by, {a, stride * size, 4}, n, 0, columns, out, columns, add);
+    multiply(by, a, stride, n, 0, columns, out, columns, add);
   }
 
   // packs the pictures from `first` on
   void prepare(int64_t first, int64_t count) {
 #pragma omp parallel num_threads(threads)
     {
-      Room<E> room(R * D);
-      Room<float> scale(R);
+      Lines<E> room(R * D);
+      Lines<float> scale(R);
 #pragma omp for
       for (int64_t at = 0; at < count; ++at) {
         const E* unit = picture(first + at);
         if (!g.word_softmax) {
-          float* norm = norms.data + at * R;
+          float* norm = norms.data() + at * R;
           squares(unit, D, norm, R);
           for (int64_t r = 0; r < R; ++r) {
             norm[r] = norm[r] < static_cast<float>(kEps) ? 1e-6f : std::sqrt(norm[r]);
-            scale.data[r] = 1 / norm[r];
+            scale.data()[r] = 1 / norm[r];
           }
-          scale_rows(unit, scale.data, R, D, room.data);
-          unit = room.data;
+          scale_rows(unit, scale.data(), R, D, room.data());
+          unit = room.data();
         }
-        gemm_pack_cpu(sizeof(E) == 2, reinterpret_cast<std::uintptr_t>(unit), R, D, D,
-                      rows(at).data, 1);
-        pack_depth(columns(at), unit, R, D, D, 0);
+        pack_columns(rows(at), unit, R, D, 1);
+        pack_rows(columns(at), unit, R, D, D, 0, 1);
       }
     }
   }
@@ -130,8 +104,8 @@ struct Tiles {
 template <class E>
 struct Tile {
   const Tiles<E>& t;
-  Room<float> room;
-  Room<E> rounded;
+  Lines<float> room;
+  Lines<E> rounded;
   float *s, *alpha, *h, *wide, *dots, *square, *dsquare, *scratch;
   E *weights, *context, *scaled;  // alpha (later ds) as a factor of products
 
@@ -140,13 +114,13 @@ struct Tile {
         room(t.most * (3 * t.R + t.D + 3) + std::max(t.longest, 2 * t.R) +
              gradient_scratch(t.longest, t.R, t.g.word_softmax)),
         rounded(t.most * (t.width + 2 * t.D)) {
-    float* at = room.data;
+    float* at = room.data();
     auto take = [&](int64_t n) { return (at += n) - n; };
     take(t.most * t.R);  // for s
     alpha = take(t.most * t.R), h = take(t.most * t.R);
     wide = take(t.most * t.D);
     dots = take(t.most), square = take(t.most), dsquare = take(t.most), scratch = take(0);
-    scaled = rounded.data + t.most * t.D;  // behind the contexts
+    scaled = rounded.data() + t.most * t.D;  // behind the contexts
     weights = scaled + t.most * t.D;
   }
 
@@ -166,8 +140,8 @@ struct Tile {
   const E* attention(const Chunk& c, int64_t picture, int64_t at, bool again) {
     const int64_t row = picture * t.K + c.word;
     const bool kept = picture < t.g.kept, make = !(again && kept);
-    s = kept ? pointer<float>(t.g.s) + row * t.R : room.data;
-    context = kept ? pointer<E>(t.g.contexts) + row * t.D : rounded.data;
+    s = kept ? pointer<float>(t.g.s) + row * t.R : room.data();
+    context = kept ? pointer<E>(t.g.contexts) + row * t.D : rounded.data();
     if (make) t.multiply_rows(t.rows(at), t.words(c.word), t.D, c.words, t.R, s);
     for_each_text(c, [&](int64_t text, int64_t k, int64_t n) {
       attend(s + k * t.R, alpha + k * t.R, dots + k, n, t.R, t.sharp, t.g.word_softmax, scratch);
@@ -193,30 +167,35 @@ struct Tile {
   }
 };
 
+// f(tile, chunk, place in the block) for the chunks of the block of pictures from `first` on
+template <class E, class F>
+void for_each_tile(Tiles<E>& t, int64_t first, int64_t count, F f) {
+  const int64_t chunks = t.chunks.size();
+  t.prepare(first, count);
+#pragma omp parallel num_threads(t.threads)
+  {
+    Tile<E> tile(t);
+#pragma omp for collapse(2)
+    for (int64_t at = 0; at < count; ++at)
+      for (int64_t i = 0; i < chunks; ++i) f(tile, t.chunks[i], at);
+  }
+}
+
 template <class E>
 void tiles_fwd(const RegionWordGiven& g, float sharp, float pool, float* scores, int64_t stride,
                int threads) {
   Tiles<E> t(g, sharp, pool, threads);
-  const int64_t chunks = t.chunks.size();
   const float* rnorm = pointer<const float>(g.word_rnorm);
-  for (int64_t first = 0; first < g.pictures; first += g.block) {
-    const int64_t count = std::min(g.block, g.pictures - first);
-    t.prepare(first, count);
-#pragma omp parallel num_threads(threads)
-    {
-      Tile<E> tile(t);
-#pragma omp for collapse(2)
-      for (int64_t at = 0; at < count; ++at)
-        for (int64_t i = 0; i < chunks; ++i) {
-          const Chunk& c = t.chunks[i];
-          tile.attention(c, first + at, at, false);
-          tile.for_each_text(c, [&](int64_t text, int64_t k, int64_t n) {
-            scores[text * stride + first + at] =
-                pooled(tile.dots + k, rnorm + c.word + k, tile.square + k, n, pool, tile.scratch);
-          });
-        }
-    }
-  }
+  for (int64_t first = 0; first < g.pictures; first += g.block)
+    for_each_tile(t, first, std::min(g.block, g.pictures - first),
+                  [&](Tile<E>& tile, const Chunk& c, int64_t at) {
+                    tile.attention(c, first + at, at, false);
+                    tile.for_each_text(c, [&](int64_t text, int64_t k, int64_t n) {
+                      scores[text * stride + first + at] =
+                          pooled(tile.dots + k, rnorm + c.word + k, tile.square + k, n, pool,
+                                 tile.scratch);
+                    });
+                  });
 }
 
 }  // namespace

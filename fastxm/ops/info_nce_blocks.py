@@ -53,10 +53,9 @@ class _Logits:
         """
         if not ready:
             gemm.multiply(self.x[here], self.y.T, products)
-        (N, D), M = self.x[here].shape, len(self.y)
-        sizes = (self.wide == torch.float64, N, M, self.offset + here.start, self.half, D, D)
-        row_labels = None if self.row_labels is None else self.row_labels[here]
-        tensors = (self.x[here], None, products, self.a[here], self.b, row_labels, self.labels)
+        a, row_labels = self.a[here], None if self.row_labels is None else self.row_labels[here]
+        sizes = (self.wide == torch.float64, len(a), len(self.y), self.offset + here.start)
+        tensors = (products, a, self.b, row_labels, self.labels)
         return sizes, tuple(0 if t is None else t.data_ptr() for t in tensors)
 
     def run(self, part: str, tiles: tuple, *arguments: Any) -> None:
@@ -97,9 +96,10 @@ def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor
 
 
 def gradients(
-    row, column, x, y, a, b, row_labels, labels, offset, smoothing, kept
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, kept, of_b=True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dy, da and db of any rows x and y, as `sums` takes them, not rounded yet.
+    """dx, dy, da and db (empty unless `of_b`) of any rows x and y, as `sums` takes them, not
+    rounded yet.
 
     row [3, N], column [3, M] or None: `terms`. kept: products that `sums` stored, or none.
     """
@@ -127,7 +127,7 @@ def gradients(
         torch.mm(ds, of_y, out=dx[here])
         gemm.accumulate(dy, ds.T, of_x[here])
     da = inner(logits.x, dx) / logits.a
-    db = inner(logits.y, dy) / logits.b
+    db = inner(logits.y, dy) / logits.b if of_b else logits.b.new_empty(0)
     D = x.shape[1]
     return dx[:, :D], dy[:, :D], da, db
 

@@ -35,17 +35,18 @@ def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
 
 
 def bwd(
-    dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric, smoothing, offset
+    dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric, smoothing, offset, of_b
 ) -> tuple[Tensor, ...]:
     if len(kept) or not small(x, y):
-        given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
+        given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset, of_b)
         return blocks.bwd(dloss, x, y, a, b, *given)
     inputs = _inputs(x, y, a, b, labels, smoothing, offset)
     wide = inputs[2].dtype
     dloss, row_lse, column_lse = (t.to(wide).contiguous() for t in (dloss, row_lse, column_lse))
     grads = [torch.empty_like(t) for t in inputs[:4]]
     launch(inputs, offset, smoothing, dloss, row_lse, column_lse if symmetric else None, *grads)
-    return tuple(grad.to(t.dtype) for grad, t in zip(grads, (x, y, a, b)))
+    dx, dy, da, db = (grad.to(t.dtype) for grad, t in zip(grads, (x, y, a, b)))
+    return dx, dy, da, db if of_b else db.new_empty(0)
 
 
 def _inputs(x, y, a, b, labels, smoothing, offset) -> tuple:

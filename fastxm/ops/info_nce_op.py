@@ -61,9 +61,10 @@ def _losses(x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None, s
 
 def _gradients(dloss: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None,
          row_lse: Tensor, column_lse: Tensor, kept: Tensor, symmetric: bool, smoothing: float,
-         offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+         offset: int, of_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dy, da, and db or, unless it is wanted, an empty tensor."""
     given = (dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
-    return _without_autocast(backend(x, y).bwd, x.device.type, given)
+    return _without_autocast(backend(x, y).bwd, x.device.type, (*given, of_b))
 
 
 def _without_autocast(f: Callable[..., Any], device: str, given: tuple) -> Any:
@@ -86,8 +87,9 @@ def _(x, y, a, b, labels, symmetric, smoothing, offset, stored):
 
 
 @gradients_of.register_fake
-def _(dloss, x, y, a, b, *_):
-    return tuple(torch.empty_like(t) for t in (x, y, a, b))
+def _(dloss, x, y, a, b, *options):
+    *_, of_b = options
+    return (*(torch.empty_like(t) for t in (x, y, a)), b.new_empty(len(b) if of_b else 0))
 
 
 def _save(ctx, inputs, output):
@@ -100,10 +102,13 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dloss, *_, gradients=gradients_of):
     *inputs, row_stats, column_stats, kept = ctx.saved_tensors
     *options, _stored = ctx.options
+    of_b = ctx.needs_input_grad[3]
     if torch.is_grad_enabled():
         grads = reference.differentiable_bwd(dloss, *inputs, *options)
     else:
-        grads = gradients(dloss, *inputs, row_stats[0], column_stats[0], kept, *options)
+        lses = row_stats[0], column_stats[0]
+        *grads, db = gradients(dloss, *inputs, *lses, kept, *options, of_b)
+        grads.append(db if of_b else None)
     return (*grads, *(None,) * 5)
 
 

@@ -73,7 +73,7 @@ def _sums(s: Tensor, keep: Tensor, dim: int) -> Tensor:
 
 
 def gradients(
-    row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept, of_b=True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, y = wide(x, y)
     s, keep, positive = _logits(x, y, a, b, row_labels, labels, offset)
@@ -86,7 +86,7 @@ def gradients(
         ds = ds + of(*column)
     products, g = x @ y.T, ds * a[:, None] * b
     da, db = (ds * b * products).sum(1), (ds * a[:, None] * products).sum(0)
-    return g @ y, g.T @ x, da, db
+    return g @ y, g.T @ x, da, db if of_b else db.new_empty(0)
 
 
 bwd = partial(backward, gradients)

@@ -68,7 +68,7 @@ def forward(sums: Callable, x, y, a, b, labels, symmetric, smoothing, offset, st
 
 def backward(
     gradients: Callable, dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric,
-    smoothing, offset
+    smoothing, offset, of_b
 ) -> tuple[Tensor, ...]:  # fmt: skip
     N, M = len(x), len(y)
     own = None if labels is None else labels[offset : offset + N]
@@ -76,5 +76,5 @@ def backward(
     weight = dloss / 2 if symmetric else dloss
     row = terms(row_lse, weight, smoothing, count)
     column = terms(column_lse, weight, smoothing, count) if symmetric else None
-    grads = gradients(row, column, x, y, a, b, own, labels, offset, smoothing, kept)
+    grads = gradients(row, column, x, y, a, b, own, labels, offset, smoothing, kept, of_b)
     return tuple(grad.to(t.dtype) for grad, t in zip(grads, (x, y, a, b)))

@@ -46,16 +46,16 @@ def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor
 
 
 def gradients(
-    row, column, x, y, a, b, row_labels, labels, offset, smoothing, tiles
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, tiles, of_b=True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `info_nce_blocks.gradients`."""
     if not fits(x, y):
-        given = (x, y, a, b, row_labels, labels, offset, smoothing, tiles)
+        given = (x, y, a, b, row_labels, labels, offset, smoothing, tiles, of_b)
         return blocks.gradients(row, column, *given)
     problem = _Problem(x, y, a, b, row_labels, labels, offset, tiles)
     row, column = row.contiguous(), None if column is None else column.contiguous()
     terms = (row.data_ptr(), 0 if column is None else column.data_ptr())
-    return problem.gradients("sums_bwd", terms, smoothing)
+    return problem.gradients("sums_bwd", of_b, terms, smoothing)
 
 
 def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
@@ -71,10 +71,10 @@ def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
 
 
 def bwd(
-    dloss, x, y, a, b, labels, row_lse, column_lse, tiles, symmetric, smoothing, offset
+    dloss, x, y, a, b, labels, row_lse, column_lse, tiles, symmetric, smoothing, offset, of_b
 ) -> tuple[Tensor, ...]:
     if not fits(x, y):
-        options = (tiles, symmetric, smoothing, offset)
+        options = (tiles, symmetric, smoothing, offset, of_b)
         return blocks.bwd(dloss, x, y, a, b, labels, row_lse, column_lse, *options)
     N, M = x.shape[0], y.shape[0]
     problem = _Problem(x, y, a, b, _own(labels, N, offset), labels, offset, tiles)
@@ -82,7 +82,7 @@ def bwd(
     given = (dloss.data_ptr(), dloss.stride(0), *lses)
     count = _counts(labels, smoothing, N, M, offset)
     grads = problem.gradients(
-        "losses_bwd", given, smoothing, 0 if count is None else count.data_ptr()
+        "losses_bwd", of_b, given, smoothing, 0 if count is None else count.data_ptr()
     )
     return tuple(grad.to(t.dtype) for grad, t in zip(grads, (x, y, a, b)))
 
@@ -119,12 +119,15 @@ class _Problem:
         native = getattr(_C, f"info_nce_{part}_cpu")
         native(*self.given, *arguments, WORKSPACE, dispatch.threads())
 
-    def gradients(self, part: str, terms: tuple, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gradients(
+        self, part: str, of_b: bool, terms: tuple, *options
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = torch.float32 if part == "sums_bwd" else self.x.dtype
-        grads = [torch.empty_like(t, dtype=dtype) for t in (self.x, self.y)]
-        grads += [torch.empty_like(t) for t in self.factors]
-        self.run(part, *terms, tuple(g.data_ptr() for g in grads), *options)
-        dx, dy, da, db = grads
+        dx, dy = (torch.empty_like(t, dtype=dtype) for t in (self.x, self.y))
+        da, b = torch.empty_like(self.factors[0]), self.factors[1]
+        db = torch.empty_like(b) if of_b else b.new_empty(0)
+        addresses = (dx.data_ptr(), dy.data_ptr(), da.data_ptr(), db.data_ptr() if of_b else 0)
+        self.run(part, *terms, addresses, *options)
         if self.features < dx.shape[1]:
             dx, dy = dx[:, : self.features], dy[:, : self.features]
         return dx, dy, da, db

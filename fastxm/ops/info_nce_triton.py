@@ -73,7 +73,7 @@ def sums(
 
 
 def gradients(
-    row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept, of_b=True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `info_nce_blocks.gradients`."""
     kernels, D = importlib.import_module("fastxm.kernels.info_nce"), x.shape[1]
@@ -94,7 +94,8 @@ def gradients(
             )
             dx[here] = _product(g, of_y)
             dy += _product(g.T, of_x[here])
-    return dx[:, :D], dy[:, :D], inner(x, dx) / a, inner(y, dy) / b
+    db = inner(y, dy) / b if of_b else b.new_empty(0)
+    return dx[:, :D], dy[:, :D], inner(x, dx) / a, db
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:

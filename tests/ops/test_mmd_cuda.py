@@ -6,7 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from check import WHERE, emulated, gradient, no_worse, products_as_on_a_gpu
-from test_mmd import KERNELS, LADDER, LEARNED, by_name, formula, ours, samples
+from test_mmd import (
+    KERNELS,
+    LADDER,
+    LEARNED,
+    against_the_reference,
+    by_name,
+    formula,
+    ours,
+    samples,
+)
 
 from fastxm.ops import backend, dispatch, mmd2, mmd_backends, mmd_cuda
 from fastxm.ops.mmd import RBF, Polynomial
@@ -82,17 +91,7 @@ def test_estimators(kernel, estimator, on):
 @by_name(LEARNED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_of_bandwidths(kernel, dtype, on):
-    x, y = (t[0] for t in samples(75, 140, 4, on, dtype))
-    p = torch.tensor([0.7, 1.4], dtype=dtype, device=on, requires_grad=True)
-    weight = torch.rand(75, dtype=dtype, device=on, requires_grad=True)
-
-    def found():
-        total = mmd2(x, y, kernel(p), estimator="unbiased", x_weight=weight)
-        return torch.autograd.grad(total, (p, weight))
-
-    with backend("reference"):
-        plain = found()
-    torch.testing.assert_close(found(), plain)
+    against_the_reference(kernel, *(t[0] for t in samples(75, 140, 4, on, dtype)))
 
 
 def test_problems(on):
