@@ -27,10 +27,11 @@ from fastxm.models.text_to_image import TextToImage
 from fastxm.nn.directions import NOISES, Gaussian, Heads
 from fastxm.nn.outputs import at_least_float
 from fastxm.nn.stylegan import (
+    GAIN,
     EqualConv2d,
     EqualLinear,
     ModulatedConv2d,
-    bias_act,
+    act,
     upsample,
     with_deviation,
 )
@@ -161,13 +162,17 @@ class StyledConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c_out))
 
     def forward(self, x: Tensor, w: Tensor, text: Tensor, noise: str) -> Tensor:
-        x = self.conv(x, self.style(w, text))
-        if noise != "none":
-            grain = self.grain.to(x.dtype)
-            if noise == "random":
-                grain = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
-            x = x + grain * self.noise_strength.to(x.dtype)
-        return bias_act(x, self.bias)
+        style = self.style(w, text)
+        x = self.conv.convolve(x, style)
+        scale = self.conv.scale(style, GAIN).to(x.dtype)
+        bias = (self.bias * GAIN).to(x.dtype)[:, None, None]
+        if noise == "none":
+            return act(x * scale + bias)
+        grain = self.grain.to(x.dtype)
+        if noise == "random":
+            grain = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+        grain = grain * (self.noise_strength * GAIN).to(x.dtype)
+        return act(torch.addcmul(grain + bias, x, scale))
 
 
 class ToRGB(nn.Module):
@@ -182,7 +187,7 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, text: Tensor) -> Tensor:
         x = self.conv(x, self.style(w, text) * self.gain)
-        return (x + self.bias.to(x.dtype)[:, None, None]).clamp(-256, 256)
+        return x + self.bias.to(x.dtype)[:, None, None]
 
 
 class Block(nn.Module):

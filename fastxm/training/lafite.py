@@ -96,6 +96,8 @@ class LAFITETraining:
     """Of all pictures seen so far, the largest share of that; 0 does without."""
     perturbation_steps: int = 2000
     """Steps of the trained perturbation, before it is frozen."""
+    share_fakes: bool = False
+    """Let the discriminator judge what the generator's update drew, not pictures drawn anew."""
     flip: bool = False
     """Mirror half of the real pictures."""
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -333,6 +335,7 @@ class LAFITERecipe(GANRecipe):
             judged = self.discriminator(fake, condition)
         parts = {"g_gan": losses.logistic_g(judged.logits)}
         total = parts["g_gan"]
+        self.drawn = condition.detach(), fake.detach()
         if config.encoder_weight or config.picture_weight:
             seen = self.see(fake)
         if config.encoder_weight:
@@ -353,12 +356,8 @@ class LAFITERecipe(GANRecipe):
 
     def discriminator_update(self, batch: Batch) -> dict[str, Tensor]:
         config = self.config
-        with torch.no_grad():
-            text = self.draw_text(batch)
-            condition = self.condition(batch, text)
+        condition, fake = self.drawn if config.share_fakes else self.draw_anew(batch)
         with autocast(config.precision, self.device):
-            with torch.no_grad():
-                fake = self.draw_pictures(condition)
             of_fake = self.discriminator(fake, condition)
             of_real = self.discriminator(self.laid_out(batch["image"]), condition)
         gan = losses.logistic_d(of_real.logits, of_fake.logits)
@@ -369,6 +368,13 @@ class LAFITERecipe(GANRecipe):
             loss = loss + config.semantic_weight * parts["d_semantic"]
         self.apply("discriminator", loss)
         return {"loss_d": loss, **parts}
+
+    @torch.no_grad()
+    def draw_anew(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Conditions of a batch and pictures of them."""
+        condition = self.condition(batch, self.draw_text(batch))
+        with autocast(self.config.precision, self.device):
+            return condition, self.draw_pictures(condition)
 
     def r1_update(self, batch: Batch) -> dict[str, Tensor]:
         """R1's own update, weighed for the steps it stands for."""
