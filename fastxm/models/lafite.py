@@ -57,6 +57,7 @@ class LAFITEConfig:
         text_scale: "raw" gives the generator's layers unit rows (the released code); "unit" rows of
             mean square 1, as the noise beside them has.
         noise: uniform on the "sphere" (the released code), or "gaussian".
+        grain: random noise in every layer, of learnt strength; flat drawings have none.
         perturbation: "fixed", that noise; "trained", a shift and scales that a network gives.
         hidden: width of that network's hidden layers.
         joint_encoder: a directory of it, where it is not saved with the model.
@@ -73,6 +74,7 @@ class LAFITEConfig:
     text_scale: str = "raw"
     xi: float = 3.0
     noise: str = "sphere"
+    grain: bool = True
     perturbation: str = "fixed"
     hidden: int = 1024
     joint_encoder: str = ""
@@ -255,6 +257,8 @@ class Generator(nn.Module):
 
         The colours of a size share their row of w with the next size's first convolution.
         """
+        if not self.config.grain:
+            noise = "none"
         noise = noise or ("random" if self.training else "const")
         text = scaled(text, self.config.text_scale)
         x = self.const.expand(len(ws), *self.const.shape)

@@ -280,6 +280,7 @@ def test_fractions_are_nested(data, clip):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"r1_every": -1}, "r1_every must be at least 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"augment": "translation,flip"}, "a policy is made of"),
         ({"prior_share": 2.0}, r"prior_share is in \[0, 1\]"),
         ({"posterior_steps": 0}, "posterior_steps must be at least 1"),
         ({"split": "all", "encoder": ""}, "split all needs an encoder"),
@@ -366,3 +367,19 @@ def test_the_discriminator_may_judge_the_generator_s_own_pictures(data, clip, sh
     recipe.generator_update(batch)
     recipe.discriminator_update(batch)
     assert len(drawn) == 2 - share
+
+
+def test_the_discriminator_sees_pictures_moved(data, clip):
+    plain, batch = built(lafite(data, clip))
+    assert torch.equal(plain.augmented(batch["image"]), batch["image"])
+    recipe, batch = built(lafite(data, clip, augment="translation"))
+    images = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16)  # as its columns are
+    seen = recipe.augmented(images)
+    steps = (seen[:, 0, 0] - images[:, 0, 0]).mean(1) / (2 / 15)
+    assert (steps > -2.1).all()
+    assert (steps < 2.1).all()
+    assert steps.std() > 0.5
+    whole, moved = recipe.augmented, []
+    recipe.augmented = lambda images: moved.append(len(images)) or whole(images)
+    recipe.step(batch)
+    assert moved == [4, 4, 4, 4]  # in the generator's update, the discriminator's and R1
