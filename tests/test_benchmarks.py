@@ -297,6 +297,16 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table.configs, "preset", preset)
     monkeypatch.setattr(table, "judged", lambda model, *_: asked.append(model) or found)
     flags = ["--out", str(tmp_path / "t"), "--steps", "5"]
+    whole = table.train
+
+    def cut(recipe, out, loop, **options):
+        whole(recipe, out, dataclasses.replace(loop, steps=2), **options)
+        raise SystemExit
+
+    monkeypatch.setattr(table, "train", cut)
+    with pytest.raises(SystemExit):
+        table.main(flags)
+    monkeypatch.setattr(table, "train", whole)  # and goes on where it was stopped
     table.main(flags)
     assert len(asked) == len(table.VARIANTS) == 9
     rows = {name: json.loads((tmp_path / "t" / f"{name}.json").read_text())
@@ -309,7 +319,7 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
         assert row["KL"] >= 0
     assert "vdl-without-evidence" in capsys.readouterr().out
     shared = [path.name for path in steps(tmp_path / "t" / "stage-1" / "checkpoints")]
-    assert shared == ["step-00000003"]
+    assert shared == ["step-00000002", "step-00000003"]
     for name in ("vdl-gaussian", "vdl-vmf", "vdl-without-evidence"):
         assert steps(tmp_path / "t" / name / "checkpoints")[-1].name == "step-00000002"
     table.main(flags)
