@@ -1,8 +1,11 @@
 """LAFITE and VDL side by side: one data split, one budget, one seed; a table and its JSON.
 
-    python benchmarks/vdl_table.py --out runs/vdl-table [--steps 2600] [--only vdl-gaussian ...]
+    python benchmarks/vdl_table.py --out runs/vdl-table [--steps 1500] [--only vdl-gaussian ...]
 
-Each row is a run of the preset cpu-demo in a directory of its own, taken up where it was stopped.
+Each row is a run of the preset cpu-demo in a directory of its own; rows that are done are read, and
+a run that was stopped goes on. Three fifths of the steps are VDL's stage 1, a fifth is 2a, a fifth
+2b. Where no caption is learnt from, stage 1 is one run, `stage-1`, which lafite-fixed goes on with.
+
 EffLite0-FD is of pictures drawn of held-out captions, from training pictures of the generator's
 style; R@10 of finding their caption among 100, by a dual encoder that has seen both styles and
 guided nothing; the cosine is of sampled text embeddings and true ones of held-out pictures.
@@ -10,86 +13,171 @@ guided nothing; the cosine is of sampled text embeddings and true ones of held-o
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from fastxm import evaluation
+from fastxm.data import open_dataset
 from fastxm.data.leak_free import STYLES
+from fastxm.evaluation.evaluator import Evaluation, FrechetJudge
 from fastxm.models.pretrained import find_model
+from fastxm.training import checkpoint
 from fastxm.training import config as configs
 from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
 from fastxm.training.lafite import LAFITERecipe, LAFITETraining
-from fastxm.training.trainer import train
+from fastxm.training.trainer import Run, train
 from fastxm.training.vdl import VDLRecipe, VDLTraining
 
-PRESET = "cpu-demo"
+PRESET, STAGE1 = "cpu-demo", "stage-1"
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "lafite": (LAFITERecipe, LAFITETraining),
+    "vdl": (VDLRecipe, VDLTraining),
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: a system, and what its training and its model have instead of the preset's."""
+    """A row: a system, and what its training and its model have instead of the preset's.
+
+    shares: it begins with the run `stage-1`. more: steps on top of the budget.
+    """
 
     system: str
-    training: dict[str, Any]
-    model: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    shares: bool = False
+    more: int = 0
 
 
 VARIANTS = {
-    "lafite-fixed": Variant("lafite", {}, {}),
-    "lafite-trained": Variant("lafite", {"perturbation_steps": 500}, {"perturbation": "trained"}),
-    "vdl-gaussian": Variant("vdl", {}, {}),
-    "vdl-vmf": Variant("vdl", {}, {"family": "vmf"}),
-    "vdl-without-evidence": Variant("vdl", {}, {"evidence": "none"}),
-    "vdl-1-percent": Variant("vdl", {"label_fraction": 0.01}, {}),
-    "vdl-10-percent": Variant("vdl", {"label_fraction": 0.1}, {}),
-    "vdl-50-percent": Variant("vdl", {"label_fraction": 0.5}, {}),
-    "supervised": Variant("lafite", {"label_fraction": 1.0}, {}),
+    "lafite-fixed": Variant("lafite", shares=True),
+    # its perturbation has no picture to draw: such a step takes no time
+    "lafite-trained": Variant(
+        "lafite", {"perturbation_steps": 500}, {"perturbation": "trained"}, more=500
+    ),
+    "vdl-gaussian": Variant("vdl", shares=True),
+    "vdl-vmf": Variant("vdl", {}, {"family": "vmf"}, shares=True),
+    "vdl-without-evidence": Variant("vdl", {}, {"evidence": "none"}, shares=True),
+    "vdl-1-percent": Variant("vdl", {"label_fraction": 0.01}),
+    "vdl-10-percent": Variant("vdl", {"label_fraction": 0.1}),
+    "vdl-50-percent": Variant("vdl", {"label_fraction": 0.5}),
+    "supervised": Variant("lafite", {"label_fraction": 1.0}),
 }
 
 
-def recipe(variant: Variant, **budget: Any) -> Any:
-    """The variant's recipe; what `budget` gives is of the training, but for steps of its loop."""
-    made, training = {"lafite": (LAFITERecipe, LAFITETraining), "vdl": (VDLRecipe, VDLTraining)}[
-        variant.system
-    ]
+@dataclass(frozen=True)
+class Budget:
+    """What all rows share: steps of a run, and what is not the preset's."""
+
+    out: Path
+    steps: int
+    num_images: int
+    training: dict[str, Any]
+
+    @property
+    def stage1(self) -> int:
+        """Steps of stage 1."""
+        return max(1, self.steps * 3 // 5)
+
+
+def recipe(variant: Variant, budget: Budget) -> Any:
+    """The variant's recipe, whose loop ends when the budget does."""
+    made, training = CLASSES[variant.system]
     values = configs.preset(variant.system, PRESET)
     config: Any = configs.construct(training, values, PRESET)
-    known = {field.name for field in fields(training)}
-    asked = {name: value for name, value in budget.items() if name in known}
-    loop = replace(config.loop, max_minutes=None, **budget.get("of_loop", {}))
-    model = replace(config.model, **variant.model)
-    return made(replace(config, model=model, loop=loop, **variant.training, **asked))
+    asked, steps = {**budget.training, **variant.training}, budget.steps + variant.more
+    if variant.system == "vdl":
+        asked |= {"adversarial_steps": budget.stage1, "posterior_steps": max(1, steps // 5)}
+        if variant.shares:
+            asked["stage1"] = str(budget.out / STAGE1)
+            steps -= budget.stage1
+    loop = replace(config.loop, max_minutes=None, steps=steps)
+    return made(replace(config, model=replace(config.model, **variant.model), loop=loop, **asked))
 
 
-def row(name: str, out: Path, num_images: int, budget: dict[str, Any]) -> dict[str, Any]:
-    """Trains a variant, or what is left of it, and measures it."""
-    made = recipe(VARIANTS[name], **budget)
-    run = train(made, out / name, made.config.loop, resume=True)
+def trained(name: str, budget: Budget) -> tuple[Any, Run]:
+    """A variant's recipe and its run, or what was left of it."""
+    variant, out = VARIANTS[name], budget.out / name
+    if variant.shares:
+        first_stage(budget)
+        if variant.system == "lafite" and not out.exists():
+            draft = budget.out / f".{name}"
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.copytree(budget.out / STAGE1, draft).rename(out)
+    made = recipe(variant, budget)
+    return made, finished(train(made, out, made.config.loop, resume=True))
+
+
+def first_stage(budget: Budget) -> None:
+    """LAFITE for as long as VDL's stage 1, if that is not done."""
+    out = budget.out / STAGE1
+    done = [path.name for path in checkpoint.steps(out / "checkpoints")]
+    if f"{checkpoint.PREFIX}{budget.stage1:08d}" not in done:
+        made = recipe(VARIANTS["lafite-fixed"], budget)
+        finished(train(made, out, replace(made.config.loop, steps=budget.stage1), resume=True))
+
+
+def finished(run: Run) -> Run:
     if run.interrupted:
-        raise SystemExit(f"{name} was interrupted: the same command goes on")
+        raise SystemExit(f"{run.out.name} was interrupted: the same command goes on")
+    return run
+
+
+@cache
+def judges(data: str, size: int, num_images: int, seed: int) -> tuple[Any, FrechetJudge, Any]:
+    """The dual encoder, the judge of distances and the held-out pictures."""
+    dual = cached_dual_encoder(DualEncoderTraining(data=data, image_size=size))
+    options = {"styles": (STYLES["generator"],)} if data == "emoji" else {}
+    pictures, held_out = (open_dataset(data, size, split, **options) for split in ("train", "val"))
+    judge = FrechetJudge(pictures, dual.image_encoder, num_images=num_images, seed=seed)
+    return dual, judge, held_out
+
+
+def judged(model: Any, config: Any, num_images: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Distances and retrieval of what a model draws of held-out captions."""
+    seed = config.seed
+    dual, judge, held_out = judges(config.data, model.config.image_size, num_images, seed)
+    evaluation = Evaluation(model, dual.to(model.device), judge, pool=100, seed=seed, progress=True)
+    return evaluation.on_held_out(held_out)
+
+
+def row(name: str, budget: Budget) -> dict[str, Any]:
+    """Trains a variant, or what is left of it, and measures it."""
+    made, run = trained(name, budget)
     model = made.model_class.from_pretrained(find_model(run.out)).to(made.device)
-    size = model.config.image_size
-    judge = cached_dual_encoder(DualEncoderTraining(data=made.config.data, image_size=size))
-    styled = {"styles": (STYLES["generator"],)} if made.config.data == "emoji" else {}
-    judge = judge.to(made.device)
-    options = {"num_images": num_images, "seed": made.config.seed, "options": styled}
-    found = evaluation.evaluate(model, judge, made.config.data, **options)
+    distance, retrieval = judged(model, made.config, budget.num_images)
     near = made.held_out()
     return {
-        "EffLite0-FD": found["distance"]["held-out captions"]["EffLite0-FD"],
-        "R@10": found["retrieval"]["generated"]["R@10"],
+        "EffLite0-FD": distance["held-out captions"]["EffLite0-FD"],
+        "R@10": retrieval["generated"]["R@10"],
         "cos(sampled, true)": near.get("cos_sampled", near["cos_prior"]),
         "cos(image, true)": near["cos_image"],
         "KL": near.get("kl", 0.0),
-        "steps": run.step,
-        "evaluation": found,
+        "steps": budget.steps,
+        "distance": distance,
+        "retrieval": retrieval,
         "diagnostics": near,
     }
+
+
+def kept(name: str, budget: Budget) -> dict[str, Any]:
+    """A variant's row: of its file if it is of this budget, or made and written there."""
+    file = budget.out / f"{name}.json"
+    if file.is_file():
+        found: dict[str, Any] = json.loads(file.read_text())
+        if found["steps"] == budget.steps:
+            return found
+    found = row(name, budget)
+    draft = file.with_suffix(".part")
+    draft.write_text(json.dumps(found, indent=1) + "\n")
+    draft.replace(file)
+    return found
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
@@ -101,31 +189,20 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def budgets(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """What the flags say of the budget: three fifths of the steps for stage 1, a fifth for 2a."""
-    if arguments.steps:
-        yield "of_loop", {"steps": arguments.steps}
-        yield "adversarial_steps", max(1, arguments.steps * 3 // 5)
-        yield "posterior_steps", max(1, arguments.steps // 5)
-    if arguments.data:
-        yield "data", arguments.data
-    if arguments.device:
-        yield "device", arguments.device
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/vdl-table"))
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, help="of every run, instead of the preset's")
+    parser.add_argument("--steps", type=int, default=1500, help="of every run")
     parser.add_argument("--data", help="instead of the preset's")
     parser.add_argument("--device", help="instead of auto")
     parser.add_argument("--num-images", type=int, default=1500)
-    arguments = parser.parse_args()
+    asked = parser.parse_args(arguments)
+    training = {name: value for name in ("data", "device") if (value := getattr(asked, name))}
+    budget = Budget(asked.out, asked.steps, asked.num_images, training)
     rows = {}
-    for name in arguments.only:
-        rows[name] = row(name, arguments.out, arguments.num_images, dict(budgets(arguments)))
-        (arguments.out / f"{name}.json").write_text(json.dumps(rows[name], indent=1) + "\n")
+    for name in asked.only:
+        rows[name] = kept(name, budget)
         show(rows)
 
 

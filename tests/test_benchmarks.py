@@ -279,6 +279,8 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
     from small import pictures
     from tiny_clip import write
 
+    from fastxm.training.checkpoint import steps
+
     table = importlib.import_module("vdl_table")
     monkeypatch.setenv("FASTXM_DATA", str(tmp_path / "cache"))
     model = {"image_size": 16, "embedding": 6, "z_dim": 4, "w_dim": 4, "mapping_layers": 1,
@@ -290,16 +292,22 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
         more = {"evidence_width": 8} if system == "vdl" else {}
         return {**values, "model": {**model, **more}}
 
-    found = {"distance": {"held-out captions": {"EffLite0-FD": 12.5}},
-             "retrieval": {"generated": {"R@10": 0.25}}}  # fmt: skip
+    found = {"held-out captions": {"EffLite0-FD": 12.5}}, {"generated": {"R@10": 0.25}}
     asked = []
     monkeypatch.setattr(table.configs, "preset", preset)
-    monkeypatch.setattr(table, "cached_dual_encoder", lambda _: torch.nn.Linear(1, 1))
-    monkeypatch.setattr(
-        table.evaluation, "evaluate", lambda model, *_, **__: asked.append(model) or found
-    )
-    monkeypatch.setattr(sys, "argv", ["vdl_table.py", "--out", str(tmp_path / "t"), "--steps", "5"])
-    table.main()
+    monkeypatch.setattr(table, "judged", lambda model, *_: asked.append(model) or found)
+    flags = ["--out", str(tmp_path / "t"), "--steps", "5"]
+    whole = table.train
+
+    def cut(recipe, out, loop, **options):
+        whole(recipe, out, dataclasses.replace(loop, steps=2), **options)
+        raise SystemExit
+
+    monkeypatch.setattr(table, "train", cut)
+    with pytest.raises(SystemExit):
+        table.main(flags)
+    monkeypatch.setattr(table, "train", whole)  # and goes on where it was stopped
+    table.main(flags)
     assert len(asked) == len(table.VARIANTS) == 9
     rows = {name: json.loads((tmp_path / "t" / f"{name}.json").read_text())
             for name in table.VARIANTS}  # fmt: skip
@@ -310,3 +318,9 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
         assert (row["KL"] != 0) == name.startswith("vdl")
         assert row["KL"] >= 0
     assert "vdl-without-evidence" in capsys.readouterr().out
+    shared = [path.name for path in steps(tmp_path / "t" / "stage-1" / "checkpoints")]
+    assert shared == ["step-00000002", "step-00000003"]
+    for name in ("vdl-gaussian", "vdl-vmf", "vdl-without-evidence"):
+        assert steps(tmp_path / "t" / name / "checkpoints")[-1].name == "step-00000002"
+    table.main(flags)
+    assert len(asked) == 9  # rows that are done are read

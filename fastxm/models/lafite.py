@@ -27,10 +27,11 @@ from fastxm.models.text_to_image import TextToImage
 from fastxm.nn.directions import NOISES, Gaussian, Heads
 from fastxm.nn.outputs import at_least_float
 from fastxm.nn.stylegan import (
+    GAIN,
     EqualConv2d,
     EqualLinear,
     ModulatedConv2d,
-    bias_act,
+    act,
     upsample,
     with_deviation,
 )
@@ -56,6 +57,7 @@ class LAFITEConfig:
         text_scale: "raw" gives the generator's layers unit rows (the released code); "unit" rows of
             mean square 1, as the noise beside them has.
         noise: uniform on the "sphere" (the released code), or "gaussian".
+        grain: random noise in every layer, of learnt strength; flat drawings have none.
         perturbation: "fixed", that noise; "trained", a shift and scales that a network gives.
         hidden: width of that network's hidden layers.
         joint_encoder: a directory of it, where it is not saved with the model.
@@ -72,6 +74,7 @@ class LAFITEConfig:
     text_scale: str = "raw"
     xi: float = 3.0
     noise: str = "sphere"
+    grain: bool = True
     perturbation: str = "fixed"
     hidden: int = 1024
     joint_encoder: str = ""
@@ -161,13 +164,17 @@ class StyledConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c_out))
 
     def forward(self, x: Tensor, w: Tensor, text: Tensor, noise: str) -> Tensor:
-        x = self.conv(x, self.style(w, text))
-        if noise != "none":
-            grain = self.grain.to(x.dtype)
-            if noise == "random":
-                grain = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
-            x = x + grain * self.noise_strength.to(x.dtype)
-        return bias_act(x, self.bias)
+        style = self.style(w, text)
+        x = self.conv.convolve(x, style)
+        scale = self.conv.scale(style, GAIN).to(x.dtype)
+        bias = (self.bias * GAIN).to(x.dtype)[:, None, None]
+        if noise == "none":
+            return act(x * scale + bias)
+        grain = self.grain.to(x.dtype)
+        if noise == "random":
+            grain = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+        grain = grain * (self.noise_strength * GAIN).to(x.dtype)
+        return act(torch.addcmul(grain + bias, x, scale))
 
 
 class ToRGB(nn.Module):
@@ -182,7 +189,7 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, text: Tensor) -> Tensor:
         x = self.conv(x, self.style(w, text) * self.gain)
-        return (x + self.bias.to(x.dtype)[:, None, None]).clamp(-256, 256)
+        return x + self.bias.to(x.dtype)[:, None, None]
 
 
 class Block(nn.Module):
@@ -250,6 +257,8 @@ class Generator(nn.Module):
 
         The colours of a size share their row of w with the next size's first convolution.
         """
+        if not self.config.grain:
+            noise = "none"
         noise = noise or ("random" if self.training else "const")
         text = scaled(text, self.config.text_scale)
         x = self.const.expand(len(ws), *self.const.shape)

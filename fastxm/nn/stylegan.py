@@ -3,10 +3,11 @@
     EqualLinear     y = act(x (m g W)ᵀ + m b)              g = 1 / sqrt(fan in), m = lr_multiplier
     ModulatedConv   y[o] = d[o] sum_i W[o, i] * (s[i] x[i])    d[o] = rsqrt(sum (W[o, i] s[i])² + ε)
     fir             [1, 3, 3, 1] / 8 along each axis
-    act             sqrt(2) leaky_relu(x + b, 0.2), cut at +-256
+    act             sqrt(2) leaky_relu(x + b, 0.2)
 
 Scaling the input by s and the output by d is the convolution of each picture with weights of its
-own: one dense convolution of the batch takes the place of a grouped one.
+own: one dense convolution of the batch takes the place of a grouped one. A positive factor passes
+through act, so that sqrt(2) is the weights' and b's.
 (Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020.)
 """
 
@@ -16,38 +17,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SLOPE, GAIN, CLAMP = 0.2, math.sqrt(2), 256.0
+SLOPE, GAIN = 0.2, math.sqrt(2)
 EPS = 1e-8
 TAPS = (0.125, 0.375, 0.375, 0.125)
 
 
-def bias_act(x: Tensor, bias: Tensor, *, gain: float = 1.0, clamp: bool = True) -> Tensor:
-    """sqrt(2) gain leaky_relu(x + bias, 0.2), cut at +-256 gain.
-
-    Args:
-        x: [B, C, ...].
-        bias: [C].
-        gain: of what follows.
-        clamp: whether large values are cut, as bfloat16 likes and linear layers do without.
-    """
-    x = F.leaky_relu(x + bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2)), SLOPE) * (GAIN * gain)
-    return x.clamp(-CLAMP * gain, CLAMP * gain) if clamp else x
+def act(x: Tensor) -> Tensor:
+    """leaky_relu(x, 0.2), in place."""
+    return F.leaky_relu(x, SLOPE, inplace=True)
 
 
-def fir(x: Tensor, *, down: int = 1, pad: int) -> Tensor:
-    """The low-pass filter [1, 3, 3, 1] / 8 along both axes, of x [B, C, H, W], and every `down`-th.
+def fir(x: Tensor, *, pad: int) -> Tensor:
+    """The low-pass filter [1, 3, 3, 1] / 8 along both axes, of x [B, C, H, W].
 
     Args:
         x: [B, C, H, W].
-        down: stride.
         pad: zeros around x.
     """
     C = x.shape[1]
     taps = torch.tensor(TAPS, dtype=x.dtype, device=x.device)
-    x = F.conv2d(x, taps.view(1, 1, 4, 1).expand(C, 1, 4, 1), stride=(down, 1), padding=(pad, 0),
-                 groups=C)  # fmt: skip
-    return F.conv2d(x, taps.view(1, 1, 1, 4).expand(C, 1, 1, 4), stride=(1, down), padding=(0, pad),
-                    groups=C)  # fmt: skip
+    x = F.conv2d(x, taps.view(1, 1, 4, 1).expand(C, 1, 4, 1), padding=(pad, 0), groups=C)
+    return F.conv2d(x, taps.view(1, 1, 1, 4).expand(C, 1, 1, 4), padding=(0, pad), groups=C)
 
 
 def upsample(x: Tensor) -> Tensor:
@@ -74,14 +64,13 @@ class EqualLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(c_out, c_in) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((c_out,), bias / lr_multiplier))
         self.activate, self.lr_multiplier = activate, lr_multiplier
-        self.gain = lr_multiplier / math.sqrt(c_in)
+        self.gain = 1 / math.sqrt(c_in)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in] -> [B, c_out]."""
-        bias = self.bias * self.lr_multiplier
-        if not self.activate:
-            return F.linear(x, self.weight * self.gain, bias)
-        return bias_act(F.linear(x, self.weight * self.gain), bias, clamp=False)
+        scale = self.lr_multiplier * (GAIN if self.activate else 1.0)
+        y = F.linear(x, self.weight * (self.gain * scale), self.bias * scale)
+        return act(y) if self.activate else y
 
 
 class EqualConv2d(nn.Module):
@@ -103,17 +92,16 @@ class EqualConv2d(nn.Module):
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """[B, c_in, H, W] -> [B, c_out, H, W], or [B, c_out, H / 2, W / 2], times gain."""
-        kernel = self.weight.shape[-1]
-        weight, pad = self.weight * self.gain, kernel // 2
-        if self.bias is None:
-            weight = weight * gain
-        if self.down and kernel == 1:
-            x = F.conv2d(fir(x, down=2, pad=1), weight)
-        elif self.down:
-            x = F.conv2d(fir(x, pad=pad + 1), weight, stride=2)
+        pad, bias = self.weight.shape[-1] // 2, None
+        if self.bias is not None:
+            gain = gain * GAIN
+            bias = self.bias * gain
+        weight = self.weight * (self.gain * gain)
+        if not self.down:
+            x = F.conv2d(x, weight, bias, padding=pad)
         else:
-            x = F.conv2d(x, weight, padding=pad)
-        return x if self.bias is None else bias_act(x, self.bias, gain=gain)
+            x = F.conv2d(fir(x, pad=pad + 1), weight, bias, stride=2)
+        return x if bias is None else act(x)
 
 
 class ModulatedConv2d(nn.Module):
@@ -134,21 +122,22 @@ class ModulatedConv2d(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """[B, c_in, H, W], style [B, c_in] -> [B, c_out, H, W] or [B, c_out, 2H, 2W]."""
-        x = x * style[:, :, None, None].to(x.dtype)
-        if self.up:
-            x = F.conv_transpose2d(x, self.weight.transpose(0, 1), stride=2)
-            x = fir(x, pad=1) * 4
-        else:
-            x = F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
-        if self.demodulate:
-            x = x * self.scale(style)[:, :, None, None].to(x.dtype)
-        return x
+        x = self.convolve(x, style)
+        return x * self.scale(style).to(x.dtype) if self.demodulate else x
 
-    def scale(self, style: Tensor) -> Tensor:
-        """d [B, c_out], in the style's precision or better."""
+    def convolve(self, x: Tensor, style: Tensor) -> Tensor:
+        """What `forward` scales."""
+        x = x * style[:, :, None, None].to(x.dtype)
+        if not self.up:
+            return F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
+        return fir(F.conv_transpose2d(x, self.weight.transpose(0, 1), stride=2), pad=1) * 4
+
+    def scale(self, style: Tensor, gain: float = 1.0) -> Tensor:
+        """d [B, c_out, 1, 1] times gain, in the style's precision or better."""
         with torch.autocast(style.device.type, enabled=False):
             power = self.weight.square().sum((2, 3))  # [c_out, c_in]
-            return torch.rsqrt(style.to(power.dtype).square() @ power.T + EPS)
+            d = torch.rsqrt(style.to(power.dtype).square() @ power.T + EPS)
+            return (d * gain)[:, :, None, None]
 
 
 def with_deviation(x: Tensor, group: int = 4) -> Tensor:

@@ -94,13 +94,17 @@ def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     Raises:
         ValueError: as `check`, or the state cannot be read.
     """
-    step = check(path, identity)
+    return check(path, identity), read(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, whatever it is of; raises ValueError where it cannot be read."""
     try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path / 'state.pt'} cannot be read: {reason}") from error
-    return step, state
+    return state
 
 
 def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:

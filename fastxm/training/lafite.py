@@ -25,7 +25,7 @@ from fastxm.data import CaptionedImages, open_dataset
 from fastxm.data.image_features import image_features
 from fastxm.data.leak_free import leak_free
 from fastxm.data.subsets import principal
-from fastxm.data.transforms import random_square
+from fastxm.data.transforms import augment, parse, random_square
 from fastxm.encoders import joint_encoder
 from fastxm.encoders.dual import DualEncoderConfig
 from fastxm.models.lafite import LAFITE, LAFITEConfig
@@ -96,6 +96,10 @@ class LAFITETraining:
     """Of all pictures seen so far, the largest share of that; 0 does without."""
     perturbation_steps: int = 2000
     """Steps of the trained perturbation, before it is frozen."""
+    augment: str = ""
+    """Of pictures that the discriminator judges: any of color,translation,cutout."""
+    share_fakes: bool = False
+    """Let the discriminator judge what the generator's update drew, not pictures drawn anew."""
     flip: bool = False
     """Mirror half of the real pictures."""
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -121,6 +125,7 @@ class LAFITETraining:
         for name in ("lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        parse(self.augment)
         if self.split == "all" and not self.encoder:
             raise ValueError("split all needs an encoder: without one, some pairs are to train it")
 
@@ -330,9 +335,10 @@ class LAFITERecipe(GANRecipe):
         condition = self.condition(batch, text)
         with autocast(config.precision, self.device):
             fake = self.draw_pictures(condition)
-            judged = self.discriminator(fake, condition)
+            judged = self.discriminator(self.augmented(fake), condition)
         parts = {"g_gan": losses.logistic_g(judged.logits)}
         total = parts["g_gan"]
+        self.drawn = condition.detach(), fake.detach()
         if config.encoder_weight or config.picture_weight:
             seen = self.see(fake)
         if config.encoder_weight:
@@ -346,21 +352,17 @@ class LAFITERecipe(GANRecipe):
             total = total + config.picture_weight * parts["g_picture"]
         if config.feature_weight:
             with torch.no_grad(), autocast(config.precision, self.device):
-                of_real = self.discriminator(batch["image"], condition).semantic
+                of_real = self.discriminator(self.augmented(batch["image"]), condition).semantic
             parts["g_feature"] = self.contrast(judged.semantic, of_real)
             total = total + config.feature_weight * parts["g_feature"]
         return total, parts
 
     def discriminator_update(self, batch: Batch) -> dict[str, Tensor]:
         config = self.config
-        with torch.no_grad():
-            text = self.draw_text(batch)
-            condition = self.condition(batch, text)
+        condition, fake = self.drawn if config.share_fakes else self.draw_anew(batch)
         with autocast(config.precision, self.device):
-            with torch.no_grad():
-                fake = self.draw_pictures(condition)
-            of_fake = self.discriminator(fake, condition)
-            of_real = self.discriminator(self.laid_out(batch["image"]), condition)
+            of_fake = self.discriminator(self.augmented(fake), condition)
+            of_real = self.discriminator(self.augmented(batch["image"]), condition)
         gan = losses.logistic_d(of_real.logits, of_fake.logits)
         parts = {"d_gan": gan, "d_real": of_real.logits.mean(), "d_fake": of_fake.logits.mean()}
         loss = gan
@@ -370,13 +372,20 @@ class LAFITERecipe(GANRecipe):
         self.apply("discriminator", loss)
         return {"loss_d": loss, **parts}
 
+    @torch.no_grad()
+    def draw_anew(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Conditions of a batch and pictures of them."""
+        condition = self.condition(batch, self.draw_text(batch))
+        with autocast(self.config.precision, self.device):
+            return condition, self.draw_pictures(condition)
+
     def r1_update(self, batch: Batch) -> dict[str, Tensor]:
         """R1's own update, weighed for the steps it stands for."""
         with torch.no_grad():
             condition = self.condition(batch, self.draw_text(batch))
         real = self.laid_out(batch["image"]).detach().requires_grad_()
         with autocast(self.config.precision, self.device):
-            logits = self.model.discriminator(real, condition).logits
+            logits = self.model.discriminator(self.augmented(real), condition).logits
         penalty = losses.r1(logits, real)
         self.apply("discriminator", penalty * (self.config.r1_gamma * self.config.r1_every))
         return {"r1": penalty}
@@ -455,6 +464,12 @@ class LAFITERecipe(GANRecipe):
             text_share=config.text_share,
             sharpened=config.contrast == "sharpened",
         )
+
+    def augmented(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, S, S] in [-1, 1] as the discriminator sees them, each changed anew."""
+        if self.config.augment:
+            images = augment(images / 2 + 0.5, self.config.augment) * 2 - 1
+        return self.laid_out(images)
 
     def laid_out(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last)

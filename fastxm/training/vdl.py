@@ -12,12 +12,14 @@ posterior and the prior there learn from -log q(t | x, z) and -log p(t | z).
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastxm.models.vdl import VDL, VDLConfig
+from fastxm.training import checkpoint
 from fastxm.training.embeddings import Batch
 from fastxm.training.gan import gradients
 from fastxm.training.lafite import LAFITERecipe, LAFITETraining
@@ -32,8 +34,10 @@ class VDLTraining(LAFITETraining):
     model: VDLConfig = field(default_factory=VDLConfig)
     schedule: Literal["staged", "joint"] = "staged"
     """Stages 2a and 2b one after the other, or both at once."""
+    stage1: str = ""
+    """A run of `train lafite` or `train vdl` whose last checkpoint stands in for stage 1."""
     adversarial_steps: int = 20_000
-    """Steps of stage 1."""
+    """Steps of stage 1, where no run stands in for it."""
     posterior_steps: int = 5000
     """Steps of stage 2a; stage 2b lasts to the end."""
     posterior_lr: float = 1e-3
@@ -78,10 +82,42 @@ class VDLRecipe(LAFITERecipe):
     system = "vdl"
     model_class = VDL
     model: VDL
+    unbound = (*LAFITERecipe.unbound, "stage1")
 
     def __init__(self, config: VDLTraining) -> None:
         super().__init__(config)
         self.multiplier = 1.0  # of beta, where a target holds the KL
+
+    def build(self) -> None:
+        super().build()
+        if self.config.stage1:
+            self.take(Path(self.config.stage1))
+
+    def take(self, run: Path) -> None:
+        """Begins after stage 1, with the networks, optimisers and average of another run.
+
+        Raises:
+            ValueError: there is none, or its networks are not the configuration's.
+        """
+        kept = checkpoint.steps(run / "checkpoints")
+        if not kept:
+            raise ValueError(f"stage1: {run} has no checkpoint")
+        state = checkpoint.read(kept[-1])["recipe"]
+        try:
+            for name in ("generator", "discriminator"):
+                player = self.players[name]
+                ours = [
+                    {k: group[k] for k in ("lr", "betas")}
+                    for group in player.optimizer.param_groups
+                ]
+                player.load_state_dict(state["players"][name])
+                for group, own in zip(player.optimizer.param_groups, ours):
+                    group.update(own)
+            self.ema.load_state_dict(state["ema"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"stage1: {kept[-1]} is of other networks: {reason}") from error
+        self.done = self.config.adversarial_steps
 
     def joint_encoder(self) -> Any:
         encoder = super().joint_encoder()

@@ -95,6 +95,10 @@ def test_noise_is_added_by_its_strength():
     generator.eval()
     assert torch.equal(generator(z, text), generator(z, text))
     assert not torch.equal(generator(z, text), generator(z, text, noise="none"))
+    plain = Generator(LAFITEConfig(**TINY, grain=False))
+    plain.load_state_dict(generator.state_dict())
+    for noise in (None, "random", "const"):
+        assert torch.equal(plain(z, text, noise=noise), generator(z, text, noise="none"))
 
 
 def test_the_whole_discriminator_under_r1():

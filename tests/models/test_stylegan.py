@@ -26,7 +26,6 @@ def test_filters_are_their_definition():
     x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
     torch.testing.assert_close(stylegan.upsample(x), upfirdn(x, up=2, pad=(2, 1)) * 4)
     torch.testing.assert_close(stylegan.fir(x, pad=2), upfirdn(x, pad=(2, 2)))
-    torch.testing.assert_close(stylegan.fir(x, down=2, pad=1), upfirdn(x, down=2, pad=(1, 1)))
 
 
 def test_modulation_is_a_convolution_of_each_picture_with_its_own_weight():
@@ -53,11 +52,6 @@ def test_weights_are_scaled_as_they_are_used():
     conv = EqualConv2d(4, 3, 3)
     y = F.conv2d(x[:, :, None, None], conv.weight / 6, padding=1)
     torch.testing.assert_close(conv(x[:, :, None, None], 0.5), F.leaky_relu(y, 0.2) * 0.5**0.5)
-
-
-def test_large_values_are_cut():
-    assert stylegan.bias_act(torch.full((1, 2), 1e4), torch.zeros(2)).max() == 256
-    assert stylegan.bias_act(torch.full((1, 2), 1e4), torch.zeros(2), gain=0.5).max() == 128
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 3), (4, 4), (6, 3), (8, 4)])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastxm import VDL, losses
 from fastxm.data.leak_free import leak_free, told
-from fastxm.models.lafite import LAFITEConfig
+from fastxm.models.lafite import LAFITE, LAFITEConfig
 from fastxm.models.vdl import VDLConfig
 from fastxm.nn.directions import draw_noise
 from fastxm.training.lafite import LAFITERecipe, LAFITETraining
@@ -280,6 +280,7 @@ def test_fractions_are_nested(data, clip):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"r1_every": -1}, "r1_every must be at least 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"augment": "translation,flip"}, "a policy is made of"),
         ({"prior_share": 2.0}, r"prior_share is in \[0, 1\]"),
         ({"posterior_steps": 0}, "posterior_steps must be at least 1"),
         ({"split": "all", "encoder": ""}, "split all needs an encoder"),
@@ -335,3 +336,50 @@ def test_r1_is_the_squared_slope(data, clip):
     (slope,) = torch.autograd.grad(network(x, text).logits.sum(), x)
     torch.testing.assert_close((slope * direction).sum(), rise, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found, slope.square().sum() / 8)
+
+
+def test_a_run_of_lafite_stands_in_for_stage_1(data, clip, tmp_path):
+    first = train(lafite(data, clip), tmp_path / "first", replace(LOOP, steps=2))
+    recipe, batch = built(vdl(data, clip, stage1=str(first.out), lr=1e-3))
+    found = LAFITE.from_pretrained(first.model).generator.state_dict()
+    average = recipe.average().state_dict()
+    assert all(torch.equal(found[name], average[name]) for name in found)
+    assert recipe.ema.updates == 2
+    rates = [recipe.players[name].optimizer.param_groups[0]["lr"] for name in recipe.players]
+    assert rates[0] == pytest.approx(1e-3 * 2 / 3)  # not the other run's
+    assert recipe.stage() == ("posterior", 0)
+    assert "loss_q" in recipe.step(batch)
+    whole = train(vdl(data, clip, stage1=str(first.out)), tmp_path / "run", replace(LOOP, steps=5))
+    assert (
+        "stage1" not in whole.out.joinpath("checkpoints/step-00000005/checkpoint.json").read_text()
+    )
+    with pytest.raises(ValueError, match=r"stage1: .* has no checkpoint"):
+        vdl(data, clip, stage1=str(tmp_path)).build()
+    with pytest.raises(ValueError, match=r"stage1: .* is of other networks"):
+        vdl(data, clip, {"channel_max": 3}, stage1=str(first.out)).build()
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_discriminator_may_judge_the_generator_s_own_pictures(data, clip, share):
+    recipe, batch = built(lafite(data, clip, share_fakes=share))
+    whole, drawn = recipe.synthesis, []
+    recipe.synthesis = lambda *inputs: drawn.append(whole(*inputs)) or drawn[-1]
+    recipe.generator_update(batch)
+    recipe.discriminator_update(batch)
+    assert len(drawn) == 2 - share
+
+
+def test_the_discriminator_sees_pictures_moved(data, clip):
+    plain, batch = built(lafite(data, clip))
+    assert torch.equal(plain.augmented(batch["image"]), batch["image"])
+    recipe, batch = built(lafite(data, clip, augment="translation"))
+    images = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16)  # as its columns are
+    seen = recipe.augmented(images)
+    steps = (seen[:, 0, 0] - images[:, 0, 0]).mean(1) / (2 / 15)
+    assert (steps > -2.1).all()
+    assert (steps < 2.1).all()
+    assert steps.std() > 0.5
+    whole, moved = recipe.augmented, []
+    recipe.augmented = lambda images: moved.append(len(images)) or whole(images)
+    recipe.step(batch)
+    assert moved == [4, 4, 4, 4]  # in the generator's update, the discriminator's and R1
