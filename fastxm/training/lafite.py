@@ -116,12 +116,11 @@ class LAFITETraining:
     def __post_init__(self) -> None:
         if not 0 <= self.label_fraction <= 1:
             raise ValueError(f"label_fraction is in [0, 1], not {self.label_fraction}")
-        for name in ("batch_size", "samples", "ema_images", "encoder_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("r1_every", "path_every", "perturbation_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        least = dict.fromkeys(("batch_size", "samples", "ema_images", "encoder_size"), 1)
+        least |= dict.fromkeys(("r1_every", "path_every", "perturbation_steps"), 0)
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
         for name in ("lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -363,9 +362,8 @@ class LAFITERecipe(GANRecipe):
         with autocast(config.precision, self.device):
             of_fake = self.discriminator(self.augmented(fake), condition)
             of_real = self.discriminator(self.augmented(batch["image"]), condition)
-        gan = losses.logistic_d(of_real.logits, of_fake.logits)
-        parts = {"d_gan": gan, "d_real": of_real.logits.mean(), "d_fake": of_fake.logits.mean()}
-        loss = gan
+        loss = losses.logistic_d(of_real.logits, of_fake.logits)
+        parts = {"d_gan": loss, "d_real": of_real.logits.mean(), "d_fake": of_fake.logits.mean()}
         if config.semantic_weight:
             parts["d_semantic"] = self.contrast(of_real.semantic, condition)
             loss = loss + config.semantic_weight * parts["d_semantic"]

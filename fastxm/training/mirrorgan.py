@@ -116,8 +116,16 @@ class MirrorGANRecipe(GANRecipe):
         self.generator: Callable[..., Drawn] = model.generator
         self.discriminators: list[Callable[..., list[Tensor]]] = list(model.discriminators)
         if config.compile:
-            self.generator = torch.compile(model.generator, fullgraph=True)
-            self.discriminators = [torch.compile(d, fullgraph=True) for d in model.discriminators]
+            self.compile()
+
+    def compile(self) -> None:
+        from torch._dynamo import config as dynamo
+
+        # each discriminator runs in three forms, which are counted together: they share their code
+        forms = 3 * len(self.model.discriminators)
+        dynamo.recompile_limit = max(dynamo.recompile_limit, forms + 1)
+        self.generator = torch.compile(self.model.generator, fullgraph=True)
+        self.discriminators = [torch.compile(d, fullgraph=True) for d in self.model.discriminators]
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """MirrorGAN's stages and its update, against one written out here; resuming; other vocabularies."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -198,6 +199,18 @@ def test_a_step_moves_every_player_and_no_frozen_network(folder, stages, fields)
     assert moved == {"generator", "discriminators"}
     sheet = ours.sample().images
     assert sheet.shape == (3, 3, 64, 3 * 64)
+
+
+def test_compiled_without_a_graph_break_it_computes_the_same(folder, stages, monkeypatch):
+    plain, compiled = recipe(folder, stages), recipe(folder, stages, compile=True)
+    quick = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", quick)  # the whole graph, without generating code
+    runs = []
+    for ours in (plain, compiled):
+        ours.build()
+        batch = next(iter(ours.batches))
+        runs.append([ours.step(batch) for _ in range(2)])
+    torch.testing.assert_close(runs[0], runs[1])
 
 
 def test_a_resumed_run_is_the_unbroken_one(folder, stages, tmp_path):
