@@ -4,7 +4,9 @@
 
 Each row is a run of the preset cpu-demo in a directory of its own; rows that are done are read, and
 a run that was stopped goes on. Three fifths of the steps are VDL's stage 1, a fifth is 2a, a fifth
-2b. Where no caption is learnt from, stage 1 is one run, `stage-1`, which lafite-fixed goes on with.
+2b. Rows that learn from no caption share stage 1, without a corpus or with one: `stage-1-...` is a
+run, with which LAFITE goes on. The corpus is the captions that the joint encoder was trained on,
+or `--corpus FILE`.
 
 EffLite0-FD is of pictures drawn of held-out captions, from training pictures of the generator's
 style; R@10 of finding their caption among 100, by a dual encoder that has seen both styles and
@@ -34,7 +36,7 @@ from fastxm.training.lafite import LAFITERecipe, LAFITETraining
 from fastxm.training.trainer import Run, train
 from fastxm.training.vdl import VDLRecipe, VDLTraining
 
-PRESET, STAGE1 = "cpu-demo", "stage-1"
+PRESET = "cpu-demo"
 CLASSES: dict[str, tuple[Any, Any]] = {
     "lafite": (LAFITERecipe, LAFITETraining),
     "vdl": (VDLRecipe, VDLTraining),
@@ -45,25 +47,29 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 class Variant:
     """A row: a system, and what its training and its model have instead of the preset's.
 
-    shares: it begins with the run `stage-1`. more: steps on top of the budget.
+    begins: the row of LAFITE whose stage 1 is its own too. corpus: it has the budget's.
+    more: steps on top of the budget.
     """
 
     system: str
     training: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    shares: bool = False
+    begins: str = ""
+    corpus: bool = False
     more: int = 0
 
 
 VARIANTS = {
-    "lafite-fixed": Variant("lafite", shares=True),
+    "lafite-fixed": Variant("lafite", begins="lafite-fixed"),
     # its perturbation has no picture to draw: such a step takes no time
     "lafite-trained": Variant(
         "lafite", {"perturbation_steps": 500}, {"perturbation": "trained"}, more=500
     ),
-    "vdl-gaussian": Variant("vdl", shares=True),
-    "vdl-vmf": Variant("vdl", {}, {"family": "vmf"}, shares=True),
-    "vdl-without-evidence": Variant("vdl", {}, {"evidence": "none"}, shares=True),
+    "lafite-corpus": Variant("lafite", begins="lafite-corpus", corpus=True),
+    "vdl-gaussian": Variant("vdl", begins="lafite-fixed"),
+    "vdl-vmf": Variant("vdl", {}, {"family": "vmf"}, begins="lafite-fixed"),
+    "vdl-without-evidence": Variant("vdl", {}, {"evidence": "none"}, begins="lafite-fixed"),
+    "vdl-corpus": Variant("vdl", begins="lafite-corpus", corpus=True),
     "vdl-1-percent": Variant("vdl", {"label_fraction": 0.01}),
     "vdl-10-percent": Variant("vdl", {"label_fraction": 0.1}),
     "vdl-50-percent": Variant("vdl", {"label_fraction": 0.5}),
@@ -78,6 +84,7 @@ class Budget:
     out: Path
     steps: int
     num_images: int
+    corpus: str
     training: dict[str, Any]
 
     @property
@@ -91,11 +98,12 @@ def recipe(variant: Variant, budget: Budget) -> Any:
     made, training = CLASSES[variant.system]
     values = configs.preset(variant.system, PRESET)
     config: Any = configs.construct(training, values, PRESET)
-    asked, steps = {**budget.training, **variant.training}, budget.steps + variant.more
+    asked = {**budget.training, **variant.training, "corpus": budget.corpus * variant.corpus}
+    steps = budget.steps + variant.more
     if variant.system == "vdl":
         asked |= {"adversarial_steps": budget.stage1, "posterior_steps": max(1, steps // 5)}
-        if variant.shares:
-            asked["stage1"] = str(budget.out / STAGE1)
+        if variant.begins:
+            asked["stage1"] = str(first_stage(variant.begins, budget))
             steps -= budget.stage1
     loop = replace(config.loop, max_minutes=None, steps=steps)
     return made(replace(config, model=replace(config.model, **variant.model), loop=loop, **asked))
@@ -104,23 +112,22 @@ def recipe(variant: Variant, budget: Budget) -> Any:
 def trained(name: str, budget: Budget) -> tuple[Any, Run]:
     """A variant's recipe and its run, or what was left of it."""
     variant, out = VARIANTS[name], budget.out / name
-    if variant.shares:
-        first_stage(budget)
-        if variant.system == "lafite" and not out.exists():
-            draft = budget.out / f".{name}"
-            shutil.rmtree(draft, ignore_errors=True)
-            shutil.copytree(budget.out / STAGE1, draft).rename(out)
+    if variant.begins == name and not out.exists():
+        draft = budget.out / f".{name}"
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(first_stage(name, budget), draft).rename(out)
     made = recipe(variant, budget)
     return made, finished(train(made, out, made.config.loop, resume=True))
 
 
-def first_stage(budget: Budget) -> None:
-    """LAFITE for as long as VDL's stage 1, if that is not done."""
-    out = budget.out / STAGE1
+def first_stage(name: str, budget: Budget) -> Path:
+    """A run of a row of LAFITE for as long as VDL's stage 1, made if it is not there."""
+    out = budget.out / f"stage-1-{name}"
     done = [path.name for path in checkpoint.steps(out / "checkpoints")]
     if f"{checkpoint.PREFIX}{budget.stage1:08d}" not in done:
-        made = recipe(VARIANTS["lafite-fixed"], budget)
+        made = recipe(VARIANTS[name], budget)
         finished(train(made, out, replace(made.config.loop, steps=budget.stage1), resume=True))
+    return out
 
 
 def finished(run: Run) -> Run:
@@ -196,10 +203,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of every run")
     parser.add_argument("--data", help="instead of the preset's")
     parser.add_argument("--device", help="instead of auto")
+    parser.add_argument("--corpus", default="encoder", help="a file of texts, one a line")
     parser.add_argument("--num-images", type=int, default=1500)
     asked = parser.parse_args(arguments)
     training = {name: value for name in ("data", "device") if (value := getattr(asked, name))}
-    budget = Budget(asked.out, asked.steps, asked.num_images, training)
+    budget = Budget(asked.out, asked.steps, asked.num_images, asked.corpus, training)
     rows = {}
     for name in asked.only:
         rows[name] = kept(name, budget)

@@ -296,7 +296,9 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(table.configs, "preset", preset)
     monkeypatch.setattr(table, "judged", lambda model, *_: asked.append(model) or found)
-    flags = ["--out", str(tmp_path / "t"), "--steps", "5"]
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("a red picture\nblue\n")
+    flags = ["--out", str(tmp_path / "t"), "--steps", "5", "--corpus", str(corpus)]
     whole = table.train
 
     def cut(recipe, out, loop, **options):
@@ -308,7 +310,7 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
         table.main(flags)
     monkeypatch.setattr(table, "train", whole)  # and goes on where it was stopped
     table.main(flags)
-    assert len(asked) == len(table.VARIANTS) == 9
+    assert len(asked) == len(table.VARIANTS) == 11
     rows = {name: json.loads((tmp_path / "t" / f"{name}.json").read_text())
             for name in table.VARIANTS}  # fmt: skip
     for name, row in rows.items():
@@ -318,9 +320,12 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
         assert (row["KL"] != 0) == name.startswith("vdl")
         assert row["KL"] >= 0
     assert "vdl-without-evidence" in capsys.readouterr().out
-    shared = [path.name for path in steps(tmp_path / "t" / "stage-1" / "checkpoints")]
-    assert shared == ["step-00000002", "step-00000003"]
-    for name in ("vdl-gaussian", "vdl-vmf", "vdl-without-evidence"):
+    kept = {"lafite-fixed": [2, 3], "lafite-corpus": [3]}  # the one was cut at 2
+    for name, numbers in kept.items():
+        shared = [path.name for path in steps(tmp_path / f"t/stage-1-{name}/checkpoints")]
+        assert shared == [f"step-{number:08d}" for number in numbers]
+    assert rows["lafite-corpus"]["cos(sampled, true)"] != rows["lafite-fixed"]["cos(sampled, true)"]
+    for name in ("vdl-gaussian", "vdl-vmf", "vdl-without-evidence", "vdl-corpus"):
         assert steps(tmp_path / "t" / name / "checkpoints")[-1].name == "step-00000002"
     table.main(flags)
-    assert len(asked) == 9  # rows that are done are read
+    assert len(asked) == 11  # rows that are done are read

@@ -9,6 +9,7 @@ posterior sees. Weights are read from safetensors alone: nothing in them can run
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,6 +142,11 @@ class CLIP(Frozen):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def temperature(self) -> float:
+        """Of the softmax over cosines that was learnt."""
+        return math.exp(-self.tower.model.logit_scale.item())
 
     def features(self, images: Tensor) -> Tensor:
         """[B, evidence_width], before the projection, of images [B, 3, H, W] in [0, 1]."""

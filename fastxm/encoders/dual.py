@@ -97,6 +97,11 @@ class DualEncoder(Looks, Pretrained):
     def evidence_width(self) -> int:
         return self.config.image_width
 
+    @property
+    def temperature(self) -> float:
+        """Of the softmax over cosines that was learnt."""
+        return math.exp(-self.logit_scale.item())
+
     def evidence(self, features: Tensor) -> Tensor:
         """What the image head reads, [B, image_width]: the encoder's features, standardised."""
         return (features.to(self.device) - self.mean) / self.std

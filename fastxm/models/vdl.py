@@ -84,12 +84,14 @@ class VDL(LAFITE):
             return text
         return torch.cat([text, torch.zeros_like(text) if image is None else image], 1)
 
-    def prior(self, image: Tensor) -> Any:
-        """p(t | z) of pictures' embeddings [B, D]."""
-        return self.around(image, *self.prior_heads(image))
+    def prior(self, centre: Tensor) -> Any:
+        """p(t | z) around pictures' embeddings [B, D], or where a corpus has their texts."""
+        return self.around(centre, *self.prior_heads(centre))
 
-    def posterior(self, image: Tensor, evidence: Tensor) -> Any:
+    def posterior(self, image: Tensor, evidence: Tensor, centre: Tensor | None = None) -> Any:
         """q(t | x, z) of embeddings [B, D] and evidence [B, evidence_width] of pictures.
+
+        It is around `centre` [B, D] as p is, by default around the embeddings.
 
         Raises:
             ValueError: their widths are not the config's.
@@ -97,18 +99,21 @@ class VDL(LAFITE):
         c = self.config
         if image.shape[1] != c.embedding:
             raise ValueError(f"embeddings are [B, {c.embedding}], not {tuple(image.shape)}")
+        centre = image if centre is None else centre
         if c.evidence == "none":
-            return self.around(image, *self.posterior_heads(image))
+            return self.around(centre, *self.posterior_heads(image))
         if evidence.shape != (len(image), c.evidence_width):
             expected = [len(image), c.evidence_width]
             raise ValueError(f"evidence is {expected}, not {tuple(evidence.shape)}")
-        return self.around(image, *self.posterior_heads(torch.cat([image, evidence], 1)))
+        return self.around(centre, *self.posterior_heads(torch.cat([image, evidence], 1)))
 
-    def around(self, image: Tensor, shift: Tensor, log_scale: Tensor) -> Any:
-        """The family's member near z: at no shift and scale LAFITE's."""
+    def around(self, centre: Tensor, shift: Tensor, log_scale: Tensor) -> Any:
+        """The family's member near a centre: at no shift and scale LAFITE's."""
         if self.config.family == "gaussian":
-            return Gaussian(image + shift, self.config.xi * log_scale.exp())
-        cosine = image.new_tensor(1 + self.config.xi**2).rsqrt()
-        k = concentration(cosine, image.shape[1])
+            return Gaussian(centre + shift, self.config.xi * log_scale.exp())
+        cosine = centre.new_tensor(1 + self.config.xi**2).rsqrt()
+        k = concentration(cosine, centre.shape[1])
         # a wider posterior is a less concentrated one
-        return VonMisesFisher(F.normalize(image + shift, dim=1), k * (-2 * log_scale.mean(1)).exp())
+        return VonMisesFisher(
+            F.normalize(centre + shift, dim=1), k * (-2 * log_scale.mean(1)).exp()
+        )

@@ -1,5 +1,6 @@
 """How near sampled text embeddings are to true ones, on held-out pictures and their captions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,20 @@ class HeldOutPairs:
 
     Args:
         dataset: at most 256 pictures are taken, of as many concepts, the heaviest of each.
-        encoder: the joint encoder.
+        embed: gives `Embeddings` of them.
         seed: of the noise.
         noise: its form.
     """
 
-    def __init__(self, dataset: CaptionedImages, encoder: Any, seed: int, noise: str) -> None:
+    def __init__(
+        self, dataset: CaptionedImages, embed: Callable[..., Embeddings], seed: int, noise: str
+    ) -> None:
         heavy = sorted(range(len(dataset)), key=lambda i: -dataset.weights[i])
         first = {dataset.groups[i]: i for i in reversed(heavy) if dataset.captions[i]}
         chosen = dataset.select(sorted(first.values())[:PICTURES])
-        embedded = Embeddings(chosen, encoder, texts=True)
+        embedded = embed(chosen, texts=True)
         self.image, self.evidence = embedded.image, embedded.evidence
+        self.centre = embedded.centre
         self.text = embedded.text[embedded.starts[:-1]]
         source = torch.Generator().manual_seed(seed)
         self.noise = draw_noise(*self.image.shape, form=noise, generator=source)
@@ -44,12 +48,14 @@ class HeldOutPairs:
         own text is among its ten nearest.
         """
         device = next(model.parameters()).device
-        image, evidence = self.image.to(device), self.evidence.to(device)
+        image, evidence, centre = (
+            rows.to(device) for rows in (self.image, self.evidence, self.centre)
+        )
         noise = type(self.noise)(*(part.to(device) for part in self.noise))
-        prior = model.prior(image)
+        prior = model.prior(centre)
         found = {"cos_image": self.cosine(image), **self.sampled("prior", prior.sample(noise))}
         if hasattr(model, "posterior"):
-            posterior = model.posterior(image, evidence)
+            posterior = model.posterior(image, evidence, centre)
             found |= self.sampled("sampled", posterior.sample(noise))
             found["cos_mean"] = self.cosine(posterior.direction)
             found["kl"] = posterior.kl(prior).mean().item()

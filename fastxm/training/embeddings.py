@@ -1,7 +1,7 @@
 """Batches of pictures and of their embeddings in a joint space, captions where they are known."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,13 @@ class Embeddings:
         encoder: as `fastxm.encoders.joint_encoder` gives it.
         label_fraction: share of the pictures whose captions may be learnt from, in [0, 1].
         texts: embed the captions; by default only where some may be learnt from.
+        corpus: gives where texts of pictures' embeddings [N, D] are looked for, [N, D]; by default
+            there themselves.
         progress: show progress bars.
 
     Attributes:
         image: [N, D], of the pictures, unit rows. evidence: [N, E], what the encoder saw.
+        centre: [N, D], where the pictures' texts are looked for, unit rows.
         text: [sum of captions, D], unit rows; starts: [N + 1], where each picture's begin.
         labelled: [N], the pictures whose captions may be learnt from; more of a larger fraction.
 
@@ -42,12 +45,14 @@ class Embeddings:
         *,
         label_fraction: float = 0.0,
         texts: bool | None = None,
+        corpus: Callable[[Tensor], Tensor] | None = None,
         progress: bool = True,
     ) -> None:
         features = image_features(dataset, encoder.image_encoder, progress=progress)
         rows = features.split(1024)
         self.image = torch.cat([encoder.embed_images(part).cpu() for part in rows])
         self.evidence = torch.cat([encoder.evidence(part).cpu() for part in rows])
+        self.centre = corpus(self.image) if corpus else self.image
         counts = np.array([len(captions) for captions in dataset.captions])
         if label_fraction > 0 and not counts.any():
             raise ValueError(
@@ -58,10 +63,7 @@ class Embeddings:
         self.starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
         self.text = self.image.new_zeros(0, self.image.shape[1])
         if counts.any():
-            encoded = text_features(dataset, encoder.text_encoder, progress=progress)
-            sentences = torch.from_numpy(encoded.sentences[encoded.rows].astype(np.float32))
-            parts = [encoder.embed_text(part).cpu() for part in sentences.split(4096)]
-            self.text = torch.cat(parts)
+            self.text = embed_captions(dataset, encoder, progress=progress)
         drawn = np.array([share(id) for id in dataset.ids]) < label_fraction
         self.labelled = torch.from_numpy(drawn & (counts > 0))
 
@@ -72,10 +74,18 @@ class Embeddings:
         text[has] = self.text[(self.starts[indices] + numbers)[has]]
         return {
             "embedding": self.image[indices],
+            "centre": self.centre[indices],
             "evidence": self.evidence[indices],
             "text": text,
             "labelled": self.labelled[indices],
         }
+
+
+def embed_captions(dataset: CaptionedImages, encoder: Any, *, progress: bool = True) -> Tensor:
+    """[sum of captions, D] of a data set's captions in turn, unit rows; features are cached."""
+    encoded = text_features(dataset, encoder.text_encoder, progress=progress)
+    sentences = torch.from_numpy(encoded.sentences[encoded.rows].astype(np.float32))
+    return torch.cat([encoder.embed_text(part).cpu() for part in sentences.split(4096)])
 
 
 def share(id: str) -> float:

@@ -9,7 +9,6 @@ one may be learnt from. f is the frozen joint encoder, on a random square of the
 (Zhou et al., LAFITE, CVPR 2022; values of the released code.)
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,21 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastxm import losses
-from fastxm.data import CaptionedImages, open_dataset
-from fastxm.data.image_features import image_features
-from fastxm.data.leak_free import leak_free
-from fastxm.data.subsets import principal
+from fastxm.data import CaptionedImages
 from fastxm.data.transforms import augment, parse, random_square
-from fastxm.encoders import joint_encoder
-from fastxm.encoders.dual import DualEncoderConfig
 from fastxm.models.lafite import LAFITE, LAFITEConfig
 from fastxm.models.pretrained import Pretrained
 from fastxm.nn.directions import Noise, draw_noise
 from fastxm.training.diagnostics import HeldOutPairs
-from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
 from fastxm.training.ema import EMA
-from fastxm.training.embeddings import Batch, EmbeddedBatches, Embeddings
+from fastxm.training.embeddings import Batch, EmbeddedBatches
 from fastxm.training.gan import GANRecipe, gradients, sample_captions
+from fastxm.training.joint_data import OF_ENCODER, JointData
 from fastxm.training.precision import autocast, seed_all
 from fastxm.training.recipe import Player, State
 from fastxm.training.trainer import LoopConfig
@@ -56,6 +50,10 @@ class LAFITETraining:
     split: Literal["auto", "styles", "concepts", "all"] = "auto"
     """Which pictures: those of a style, or of a style and half of the concepts, that the encoder's
     pairs do not have, or all; auto is styles, with --encoder all."""
+    corpus: str = ""
+    """Texts of no picture in particular, whose mean given a picture's embedding its pseudo texts
+    are around, instead of around the embedding: a file, one a line, or "encoder", the captions that
+    the encoder was trained on."""
     label_fraction: float = 0.0
     """Share of the pictures whose captions are learnt from, in [0, 1]."""
     batch_size: int = 64
@@ -127,6 +125,11 @@ class LAFITETraining:
         parse(self.augment)
         if self.split == "all" and not self.encoder:
             raise ValueError("split all needs an encoder: without one, some pairs are to train it")
+        if self.corpus == OF_ENCODER and self.encoder:
+            raise ValueError(
+                "corpus encoder is what an encoder trained here learnt from: "
+                "with an encoder that is given, give a file"
+            )
 
 
 class LAFITERecipe(GANRecipe):
@@ -143,7 +146,8 @@ class LAFITERecipe(GANRecipe):
 
     def build(self) -> None:
         config = self.config
-        self.encoder = self.joint_encoder().to(self.device)
+        data = self.open_data()
+        self.encoder = data.encoder
         seed_all(config.seed, self.device)
         made_of = config.model
         if config.encoder and not isinstance(self.encoder, Pretrained):  # not saved with the model
@@ -151,7 +155,7 @@ class LAFITERecipe(GANRecipe):
         model = self.model_class(made_of)
         model.attach(self.encoder)
         self.model = model.train().to(self.device)  # channels_last by itself
-        self.batches = self.open_pictures()
+        self.batches = self.open_pictures(data)
         self.synthesis: Callable[..., Any] = model.generator.synthesis
         self.discriminator: Callable[..., Any] = model.discriminator
         if config.compile:
@@ -163,71 +167,23 @@ class LAFITERecipe(GANRecipe):
         self.path_mean = torch.zeros((), device=self.device)
         self.done = 0
 
-    def joint_encoder(self) -> Any:
-        """The frozen encoder of pictures and captions: given, or trained on its share of the data.
+    def open_data(self) -> JointData:
+        """The joint encoder and the pictures."""
+        return JointData(self.config, self.device)
 
-        Raises:
-            ValueError: its width is not the model's.
-        """
-        config = self.config
-        if config.encoder:
-            encoder = joint_encoder(config.encoder)
-        else:
-            made_of = DualEncoderConfig(
-                image_encoder_size=config.encoder_size, width=config.model.embedding
-            )
-            training = DualEncoderTraining(
-                made_of, config.data, config.model.image_size, self.split, epochs=16
-            )
-            encoder = cached_dual_encoder(training).requires_grad_(False)
-            pictures = self.splits[0]
-            pictures = pictures.select(principal(pictures))
-            # the other style's own mean and spread, for which no caption is needed
-            encoder.standardise(image_features(pictures, encoder.image_encoder))
-        if encoder.width != config.model.embedding:
-            raise ValueError(
-                f"{config.encoder} gives embeddings of width {encoder.width}, "
-                f"the configuration has embedding {config.model.embedding}"
-            )
-        return encoder
-
-    def open_pictures(self) -> EmbeddedBatches:
+    def open_pictures(self, data: JointData) -> EmbeddedBatches:
         """The training data; sets aside what is measured and drawn in the sample grids."""
-        config = self.config
-        train, held_out = self.splits
-        embeddings = Embeddings(train, self.encoder, label_fraction=config.label_fraction)
+        config, train, held_out = self.config, data.train, data.held_out
+        embeddings = data.embed(train, label_fraction=config.label_fraction)
         self.pairs = None
         if any(held_out.captions):
-            self.pairs = HeldOutPairs(held_out, self.encoder, config.seed, config.model.noise)
+            self.pairs = HeldOutPairs(held_out, data.embed, config.seed, config.model.noise)
         parts = [captioned(part) for part in (train, held_out)]
         self.captions = []
         if any(len(part) for part in parts):
             self.captions = sample_captions(parts, config.samples)
         options: dict[str, Any] = {"seed": config.seed, "flip": config.flip, "device": self.device}
         return EmbeddedBatches(train, embeddings, config.batch_size, **options)
-
-    @property
-    def split(self) -> Any:
-        """How the pictures are split: "styles", "concepts" or "all"."""
-        if self.config.split != "auto":
-            return self.config.split
-        return "all" if self.config.encoder else "styles"
-
-    @cached_property
-    def splits(self) -> tuple[CaptionedImages, CaptionedImages]:
-        """Pictures to train on and held-out ones; says what they are."""
-        config = self.config
-        size = config.model.image_size
-        if self.split != "all":
-            parts = leak_free(config.data, size, parted=self.split == "concepts")
-            print("\n".join(parts.lines()), file=sys.stderr, flush=True)
-            return parts.generator, parts.held_out
-        train, held_out = (
-            open_dataset(config.data, size, part, uncaptioned=True) for part in ("train", "val")
-        )
-        with_text = sum(map(bool, train.captions))
-        print(f"{len(train)} pictures, {with_text} with captions", file=sys.stderr, flush=True)
-        return train, held_out
 
     def make_players(self) -> dict[str, Player]:
         config, model = self.config, self.model
@@ -304,7 +260,7 @@ class LAFITERecipe(GANRecipe):
         The released code trains it apart, with this loss; of which pairs is not known.
         """
         z = batch["embedding"]
-        t = self.model.prior(z).sample(self.noise(len(z)))
+        t = self.pseudo_text(batch).sample(self.noise(len(z)))
         loss = losses.pseudo_text_loss(z, t, temperature=0.1, text_share=0.5, sharpened=True)
         self.apply("perturbation", loss)
         return {"loss_perturbation": loss}
@@ -417,7 +373,7 @@ class LAFITERecipe(GANRecipe):
 
     def pseudo_text(self, batch: Batch) -> Any:
         """The distribution of text embeddings that pictures without captions are given."""
-        return self.model.prior(batch["embedding"])
+        return self.model.prior(batch["centre"])
 
     def with_captions(self, batch: Batch, pseudo: Tensor, noise: Noise) -> Tensor:
         """Pseudo texts [B, D], and those of captions, a little perturbed, where they are known."""

@@ -22,6 +22,7 @@ from fastxm.models.vdl import VDL, VDLConfig
 from fastxm.training import checkpoint
 from fastxm.training.embeddings import Batch
 from fastxm.training.gan import gradients
+from fastxm.training.joint_data import JointData
 from fastxm.training.lafite import LAFITERecipe, LAFITETraining
 from fastxm.training.precision import autocast
 from fastxm.training.recipe import Player, State
@@ -119,15 +120,14 @@ class VDLRecipe(LAFITERecipe):
             raise ValueError(f"stage1: {kept[-1]} is of other networks: {reason}") from error
         self.done = self.config.adversarial_steps
 
-    def joint_encoder(self) -> Any:
-        encoder = super().joint_encoder()
-        c = self.config.model
-        if c.evidence == "encoder" and encoder.evidence_width != c.evidence_width:
+    def open_data(self) -> JointData:
+        data, c = super().open_data(), self.config.model
+        if c.evidence == "encoder" and data.encoder.evidence_width != c.evidence_width:
             raise ValueError(
-                f"the encoder gives evidence of width {encoder.evidence_width}, "
+                f"the encoder gives evidence of width {data.encoder.evidence_width}, "
                 f"the configuration has evidence_width {c.evidence_width}"
             )
-        return encoder
+        return data
 
     def make_players(self) -> dict[str, Player]:
         heads = nn.ModuleList([self.model.posterior_heads])
@@ -191,7 +191,7 @@ class VDLRecipe(LAFITERecipe):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The KL, and the densities of known texts, as weighed; and what to log of them."""
         config, width = self.config, self.config.model.embedding
-        p = self.model.prior(batch["embedding"])
+        p = self.model.prior(batch["centre"])
         kl = q.kl(p)
         labelled = batch["labelled"]
         mean = kl[~labelled].mean() if (~labelled).any() else kl.mean()
@@ -217,7 +217,7 @@ class VDLRecipe(LAFITERecipe):
         self.multiplier = min(1e3, max(1e-3, self.multiplier * math.exp(0.05 * step)))
 
     def posterior(self, batch: Batch) -> Any:
-        return self.model.posterior(batch["embedding"], batch["evidence"])
+        return self.model.posterior(batch["embedding"], batch["evidence"], batch["centre"])
 
     def draw_text(self, batch: Batch) -> Tensor:
         """A text embedding [B, D] of each picture, as the stage has it."""
@@ -227,7 +227,7 @@ class VDLRecipe(LAFITERecipe):
         noise = self.noise(len(batch["image"]))
         own = self.posterior(batch).sample(noise)
         with torch.no_grad():
-            common = self.model.prior(batch["embedding"]).sample(noise)
+            common = self.model.prior(batch["centre"]).sample(noise)
         chosen = torch.rand(len(own), 1, device=self.device) < self.config.prior_share
         return self.with_captions(batch, torch.where(chosen, common, own), noise)
 

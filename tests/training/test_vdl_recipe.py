@@ -5,17 +5,21 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from small import pictures
+from small import COLOURS, pictures
 from tiny_clip import write
 from torch.nn import functional as F
 
 from fastxm import VDL, losses
 from fastxm.data.leak_free import leak_free, told
+from fastxm.encoders.dual import DualEncoder, DualEncoderConfig
 from fastxm.models.lafite import LAFITE, LAFITEConfig
 from fastxm.models.vdl import VDLConfig
 from fastxm.nn.directions import draw_noise
+from fastxm.training import joint_data
+from fastxm.training.joint_data import Corpus
 from fastxm.training.lafite import LAFITERecipe, LAFITETraining
 from fastxm.training.trainer import LoopConfig, train
 from fastxm.training.vdl import VDLRecipe, VDLTraining
@@ -284,6 +288,10 @@ def test_fractions_are_nested(data, clip):
         ({"prior_share": 2.0}, r"prior_share is in \[0, 1\]"),
         ({"posterior_steps": 0}, "posterior_steps must be at least 1"),
         ({"split": "all", "encoder": ""}, "split all needs an encoder"),
+        (
+            {"corpus": "encoder", "encoder": "clip"},
+            "corpus encoder is what an encoder trained here",
+        ),
     ],
 )
 def test_bad_trainings(fields, message):
@@ -296,6 +304,61 @@ def test_widths_that_do_not_match(data, clip):
         vdl(data, clip, {"embedding": 5}).build()
     with pytest.raises(ValueError, match="evidence of width 8, the configuration has"):
         vdl(data, clip, {"evidence_width": 9}).build()
+
+
+def test_bad_corpora(data, clip, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n  \n")
+    with pytest.raises(ValueError, match=r"empty\.txt has no caption"):
+        vdl(data, clip, corpus=str(empty)).build()
+    with pytest.raises(FileNotFoundError, match=r"corpus: there is no file nowhere\.txt"):
+        vdl(data, clip, corpus="nowhere.txt").build()
+
+
+def test_a_corpus_gives_the_mean_text_of_an_embedding():
+    text = F.normalize(torch.randn(40, 6, dtype=torch.float64), dim=1)
+    image = F.normalize(torch.randn(9, 6, dtype=torch.float64), dim=1)
+    found = Corpus(text, 0.1)(image)
+    weight = (image.numpy() @ text.numpy().T / 0.1).astype(float)
+    weight = np.exp(weight - weight.max(1, keepdims=True))
+    mean = weight / weight.sum(1, keepdims=True) @ text.numpy()
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    np.testing.assert_allclose(found.numpy(), mean, rtol=1e-12)
+    near = Corpus(text, 1e-6)(image)  # without heat the nearest text
+    torch.testing.assert_close(near, text[(image @ text.T).argmax(1)])
+
+
+def test_prior_and_posterior_are_around_what_the_corpus_says(data, clip, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"{colour} thing" for colour in COLOURS) + "\n")
+    recipe, batch = built(vdl(data, clip, corpus=str(corpus)))
+    texts = recipe.encoder.embed_text(corpus.read_text().splitlines())
+    centre = Corpus(texts, recipe.encoder.temperature)(batch["embedding"])
+    torch.testing.assert_close(batch["centre"], centre, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(centre, batch["embedding"], atol=0.01)
+    for found in (recipe.pseudo_text(batch), recipe.posterior(batch)):
+        assert torch.equal(found.mean, batch["centre"])
+    plain, batch = built(vdl(data, clip))
+    assert torch.equal(batch["centre"], batch["embedding"])
+    measured = [other.held_out()["cos_prior"] for other in (recipe, plain)]
+    assert measured[0] != measured[1]
+
+
+def test_the_corpus_of_the_encoder_is_what_it_was_trained_on(monkeypatch, data):
+    def trained(config):
+        width = {"image_encoder_size": 32, "width": 6, "image_width": 16, "text_width": 6}
+        return DualEncoder(DualEncoderConfig(**width))
+
+    monkeypatch.setattr(joint_data, "cached_dual_encoder", trained)
+    monkeypatch.setattr(joint_data, "image_features", lambda *_: torch.randn(4, 16))
+    asked = []
+    monkeypatch.setattr(
+        joint_data, "embed_captions",
+        lambda pairs, encoder: asked.append(pairs) or encoder.embed_text(torch.randn(12, 6)),
+    )  # fmt: skip
+    config = vdl(data, "", encoder="", corpus="encoder").config
+    joint_data.JointData(config, torch.device("cpu"))
+    assert told(asked[0]) == told(leak_free(str(data), 16).encoder)
 
 
 def test_a_clip_without_weights(data, tmp_path):
