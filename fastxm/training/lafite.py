@@ -34,6 +34,8 @@ from fastxm.training.precision import autocast, seed_all
 from fastxm.training.recipe import Player, State
 from fastxm.training.trainer import LoopConfig
 
+Drawn = tuple[Tensor, Tensor]  # conditions and pictures of them
+
 
 @dataclass(frozen=True)
 class LAFITETraining:
@@ -268,24 +270,25 @@ class LAFITERecipe(GANRecipe):
     def adversarial_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
         """An update of generator and discriminator, and of their regularisers in turn."""
         config = self.config
-        metrics = self.generator_update(batch)
+        metrics, drawn = self.generator_update(batch)
         if config.path_every and done % config.path_every == 0:
             metrics |= self.path_update(batch)
-        metrics |= self.discriminator_update(batch)
+        drawn = drawn if config.share_fakes else self.draw_anew(batch)
+        metrics |= self.discriminator_update(batch, drawn)
         if config.r1_every and done % config.r1_every == 0:
             metrics |= self.r1_update(batch)
         self.update_average()
         return metrics
 
-    def generator_update(self, batch: Batch) -> dict[str, Tensor]:
+    def generator_update(self, batch: Batch) -> tuple[dict[str, Tensor], Drawn]:
         with torch.no_grad():
             text = self.draw_text(batch)
-        loss, parts = self.generator_loss(batch, text)
+        loss, parts, drawn = self.generator_loss(batch, text)
         self.apply("generator", loss)
-        return {"loss_g": loss, **parts}
+        return {"loss_g": loss, **parts}, drawn
 
-    def generator_loss(self, batch: Batch, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The generator's loss on texts [B, D], and its parts."""
+    def generator_loss(self, batch: Batch, text: Tensor) -> tuple[Tensor, dict[str, Tensor], Drawn]:
+        """The generator's loss on texts [B, D], its parts, and what was drawn."""
         config = self.config
         condition = self.condition(batch, text)
         with autocast(config.precision, self.device):
@@ -293,7 +296,6 @@ class LAFITERecipe(GANRecipe):
             judged = self.discriminator(self.augmented(fake), condition)
         parts = {"g_gan": losses.logistic_g(judged.logits)}
         total = parts["g_gan"]
-        self.drawn = condition.detach(), fake.detach()
         if config.encoder_weight or config.picture_weight:
             seen = self.see(fake)
         if config.encoder_weight:
@@ -310,11 +312,10 @@ class LAFITERecipe(GANRecipe):
                 of_real = self.discriminator(self.augmented(batch["image"]), condition).semantic
             parts["g_feature"] = self.contrast(judged.semantic, of_real)
             total = total + config.feature_weight * parts["g_feature"]
-        return total, parts
+        return total, parts, (condition.detach(), fake.detach())
 
-    def discriminator_update(self, batch: Batch) -> dict[str, Tensor]:
-        config = self.config
-        condition, fake = self.drawn if config.share_fakes else self.draw_anew(batch)
+    def discriminator_update(self, batch: Batch, drawn: Drawn) -> dict[str, Tensor]:
+        config, (condition, fake) = self.config, drawn
         with autocast(config.precision, self.device):
             of_fake = self.discriminator(self.augmented(fake), condition)
             of_real = self.discriminator(self.augmented(batch["image"]), condition)
@@ -327,7 +328,7 @@ class LAFITERecipe(GANRecipe):
         return {"loss_d": loss, **parts}
 
     @torch.no_grad()
-    def draw_anew(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def draw_anew(self, batch: Batch) -> Drawn:
         """Conditions of a batch and pictures of them."""
         condition = self.condition(batch, self.draw_text(batch))
         with autocast(self.config.precision, self.device):

@@ -23,7 +23,7 @@ from fastxm.training import checkpoint
 from fastxm.training.embeddings import Batch
 from fastxm.training.gan import gradients
 from fastxm.training.joint_data import JointData
-from fastxm.training.lafite import LAFITERecipe, LAFITETraining
+from fastxm.training.lafite import Drawn, LAFITERecipe, LAFITETraining
 from fastxm.training.precision import autocast
 from fastxm.training.recipe import Player, State
 
@@ -170,12 +170,12 @@ class VDLRecipe(LAFITERecipe):
         """Stages 2a and 2b at once."""
         return self.adversarial_step(batch, done)
 
-    def generator_update(self, batch: Batch) -> dict[str, Tensor]:
+    def generator_update(self, batch: Batch) -> tuple[dict[str, Tensor], Drawn]:
         name, done = self.stage()
         if name != "joint":
             return super().generator_update(batch)
         text = self.draw_text(batch)
-        loss, parts = self.generator_loss(batch, text)
+        loss, parts, drawn = self.generator_loss(batch, text)
         own, more = self.posterior_loss(
             batch, self.posterior(batch), done / self.config.posterior_steps
         )
@@ -184,7 +184,7 @@ class VDLRecipe(LAFITERecipe):
         whole = gradients(loss + own, [p for group in networks.values() for p in group])
         count = len(networks["generator"])
         self.update({"generator": whole[:count], "posterior": whole[count:]})
-        return {"loss_g": loss, "loss_q": own, **parts, **more}
+        return {"loss_g": loss, "loss_q": own, **parts, **more}, drawn
 
     def posterior_loss(
         self, batch: Batch, q: Any, progress: float
