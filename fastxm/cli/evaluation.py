@@ -50,6 +50,7 @@ def evaluate(arguments: list[str]) -> None:
     def run(
         model: Path,
         data: str = "emoji",
+        styles: tuple[str, ...] = (),
         dual_encoder: Path | None = None,
         num_images: int = 1500,
         seed: int = 0,
@@ -64,6 +65,8 @@ def evaluate(arguments: list[str]) -> None:
         Args:
             model: a run's directory, or a model's.
             data: "emoji", or a folder of captioned pictures.
+            styles: of `emoji`, those that distance and retrieval are of: twemoji for LAFITE and
+                VDL, which learn from no other; both if not given.
             dual_encoder: a run's or a model's directory; one is trained on the data if not given.
             num_images: pictures drawn for each distance, if the data has twice as many.
             seed: of what is chosen and of the noise.
@@ -74,6 +77,9 @@ def evaluate(arguments: list[str]) -> None:
         from fastxm.models.pretrained import find_model
         from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
 
+        if styles and data != "emoji":
+            raise ValueError(f"styles are those of emoji, and {data} is a folder")
+        options = {"styles": styles} if styles else {}
         generator = load(model, device)
         if dual_encoder is not None:
             judge = DualEncoder.from_pretrained(find_model(dual_encoder))
@@ -81,7 +87,9 @@ def evaluate(arguments: list[str]) -> None:
             size = generator.image_size
             judge = cached_dual_encoder(DualEncoderTraining(data=data, image_size=size))
         judge = judge.to(generator.device)
-        found = evaluation.evaluate(generator, judge, data, num_images=num_images, seed=seed)
+        found = evaluation.evaluate(
+            generator, judge, data, num_images=num_images, seed=seed, options=options
+        )
         show(found)
         told: dict[str, Any] = {}
         if isinstance(generator, fastxm.MirrorGAN):
@@ -94,7 +102,7 @@ def evaluate(arguments: list[str]) -> None:
         found |= told
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            asked = {"data": data, "num_images": num_images, "seed": seed}
+            asked = {"data": data, **options, "num_images": num_images, "seed": seed}
             report = {**found, "of": {"steps": steps(model), **asked}, "on": conditions(generator)}
             out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -118,7 +118,7 @@ def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
     assert (config.data, config.image_size) == ("here", 64)
     assert generator.config.gf == 2
     assert rest == [judge, "here"]
-    assert options == {"num_images": 7, "seed": 0}
+    assert options == {"num_images": 7, "seed": 0, "options": {}}
     said = capsys.readouterr().out
     for text in ("EffLite0-FD", "173.0", "1,497", "346", "among 100", "R@10", "0.750"):
         assert text in said
@@ -131,6 +131,12 @@ def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
     assert report == figures
     shutil.copytree(run / "model", out.parent / "model")
     assert evaluation_command.steps(out.parent) is None
+    styles = ["--styles", "twemoji"]
+    assert cli.main(["evaluate", "--model", str(run), *styles, "--out", str(out)]) == 0
+    assert asked[-1][1]["options"] == {"styles": ("twemoji",)}
+    assert json.loads(out.read_text())["of"]["styles"] == ["twemoji"]
+    capsys.readouterr()
+    assert "here is a folder" in refused(capsys, "evaluate", *flags, *styles)
     missing = str(tmp_path / "absent")
     assert "no model in" in refused(capsys, "evaluate", *flags, "--dual-encoder", missing)
 
