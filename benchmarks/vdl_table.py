@@ -11,6 +11,7 @@ or `--corpus FILE`.
 EffLite0-FD is of pictures drawn of held-out captions, from training pictures of the generator's
 style; R@10 of finding their caption among 100, by a dual encoder that has seen both styles and
 guided nothing; the cosine is of sampled text embeddings and true ones of held-out pictures.
+Beside a row's figures lies `ROW.png`, drawn of the same captions in each, half of them held out.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from fastxm.training import checkpoint
 from fastxm.training import config as configs
 from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
 from fastxm.training.lafite import LAFITERecipe, LAFITETraining
+from fastxm.training.logging import grid
 from fastxm.training.trainer import Run, train
 from fastxm.training.vdl import VDLRecipe, VDLTraining
 
@@ -160,6 +162,8 @@ def row(name: str, budget: Budget) -> dict[str, Any]:
     model = made.model_class.from_pretrained(find_model(run.out)).to(made.device)
     distance, retrieval = judged(model, made.config, budget.num_images)
     near = made.held_out()
+    drawn = model.generate(made.captions[::4], seed=made.config.seed)
+    grid(drawn, made.captions[::4]).save(budget.out / f"{name}.png")
     return {
         "EffLite0-FD": distance["held-out captions"]["EffLite0-FD"],
         "R@10": retrieval["generated"]["R@10"],

@@ -314,6 +314,7 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
     rows = {name: json.loads((tmp_path / "t" / f"{name}.json").read_text())
             for name in table.VARIANTS}  # fmt: skip
     for name, row in rows.items():
+        assert (tmp_path / "t" / f"{name}.png").is_file()
         assert row["steps"] == 5
         assert row["EffLite0-FD"] == 12.5
         assert -1 <= row["cos(sampled, true)"] <= 1

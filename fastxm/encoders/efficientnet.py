@@ -126,23 +126,24 @@ class EfficientNetLite0(FrozenImages):
 
 
 class EfficientNetLite0Layout(EfficientNetLite0):
-    """Features that also say where: pooled ones, then 4 x 4 means of the map of stride 8.
+    """Features that also say where: pooled ones, then 8 x 8 means of the map of stride 2.
 
-    Pooled features alone leave a decoder to guess the place of a picture's parts.
+    Pooled features alone leave a decoder to guess the place of a picture's parts, and later maps
+    know less of what they look like.
     """
 
-    grid = 4
-    width = 1280 + 40 * grid * grid
+    grid = 8
+    width = 1280 + 16 * grid * grid
 
     def __init__(
         self, weights: str | os.PathLike[str] | None = None, *, image_size: int | None = 224
     ) -> None:
         super().__init__(weights, image_size=image_size)
-        self.name = self.name.replace("lite0-", "lite0-layout-", 1)
+        self.name = self.name.replace("lite0-", f"lite0-layout-{self.grid}-", 1)
 
     def pool(self, features: Sequence[Tensor]) -> Tensor:
-        """[B, 1920], from what `features` returned."""
-        layout = F.adaptive_avg_pool2d(features[2], self.grid).flatten(1)
+        """[B, 2304], from what `features` returned."""
+        layout = F.adaptive_avg_pool2d(features[0], self.grid).flatten(1)
         return torch.cat([super().pool(features), layout], 1)
 
     def classes(self, pooled: Tensor) -> Tensor:

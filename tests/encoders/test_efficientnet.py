@@ -79,9 +79,9 @@ def test_bad_input_is_one_clear_error(net, tmp_path):
 def test_layout_features_say_where(net):
     layout, x = image_encoder("efficientnet-lite0-layout"), waves(224)
     features = layout.embed(x)
-    assert features.shape == (2, layout.width) == (2, 1920)
+    assert features.shape == (2, layout.width) == (2, 2304)
     torch.testing.assert_close(features[:, :1280], net(x))
-    where = F.avg_pool2d(net.features(x)[2], 7).flatten(1)
+    where = F.avg_pool2d(net.features(x)[0], 14).flatten(1)
     torch.testing.assert_close(features[:, 1280:], where)
     torch.testing.assert_close(layout.logits(x), net.logits(x))
     assert layout.name != net.name
