@@ -60,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_cpu", &fastxm::gemm_cpu, release());
   m.def("gemm_level", &fastxm::gemm_level, "Element of the widest tile kernel of this machine.");
   m.def("gemm_pack_cpu", &fastxm::gemm_pack_cpu, release());
+  m.def("gemm_pack_rows_cpu", &fastxm::gemm_pack_rows_cpu, release());
   m.def("info_nce_fwd_cpu", &fastxm::info_nce_fwd_cpu, release());
   m.def("info_nce_bwd_cpu", &fastxm::info_nce_bwd_cpu, release());
   m.def("info_nce_kept_cpu", &fastxm::info_nce_kept_cpu, release());

@@ -231,6 +231,12 @@ void gemm_pack_cpu(bool bf16, std::uintptr_t y, std::int64_t columns, std::int64
   pack_columns({bf16, depth, panels}, pointer<const void>(y), columns, stride, threads);
 }
 
+void gemm_pack_rows_cpu(bool bf16, std::uintptr_t y, std::int64_t rows, std::int64_t columns,
+                        std::int64_t stride, std::uintptr_t panels, int threads) {
+  const Panels packed = {bf16, round_up(rows, bf16 ? 2 : 1), panels};
+  pack_rows(packed, pointer<const void>(y), rows, columns, stride, 0, threads);
+}
+
 void gemm_cpu(bool bf16, std::uintptr_t a, std::int64_t a_stride, std::int64_t rows,
               std::uintptr_t panels, std::int64_t depth, std::int64_t columns, std::uintptr_t out,
               std::int64_t out_stride, int threads) {

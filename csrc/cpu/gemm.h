@@ -43,6 +43,10 @@ void pack_columns(const Panels& panels, const void* y, std::int64_t columns, std
 void gemm_pack_cpu(bool bf16, std::uintptr_t y, std::int64_t columns, std::int64_t depth,
                    std::int64_t stride, std::uintptr_t panels, int threads);
 
+// of y [rows, columns] as the whole depth, of bfloat16 an even one
+void gemm_pack_rows_cpu(bool bf16, std::uintptr_t y, std::int64_t rows, std::int64_t columns,
+                        std::int64_t stride, std::uintptr_t panels, int threads);
+
 // to [columns, to_stride] = the transpose of from [rows, stride], of floats or pairs of bfloat16
 void transpose(const void* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
                void* to, std::int64_t to_stride);

@@ -14,19 +14,22 @@ struct MmdKernel {
   std::uintptr_t kinds, parameters;
 };
 
-// Products [N, M] are read from `products`, or made of x (of `bf16`, or float) and panels (0 for
-// none; see gemm.h). Weights go to `weights`, of bfloat16 if bf16, if that is not 0, and may take
-// the products' place. Added to: potentials (double), slopes (of the weights as rounded), and
-// derivatives [size] (double, or 0) by the parameters. y_potentials and y_slopes are 0 where the
-// tile has both (i, j) and (j, i).
+// Products [N, M] are either given, and weights [N, M] go to `weights` if that is not 0, perhaps in
+// their place; or made of x [N, depth] (of `bf16`, or float) and panels (see gemm.h), and so are
+// what the weights give: dx [N, features] += w y and dy [M, features] += w' x of x_rows and y_rows,
+// packed by rows. Each of dx and dy is 0 if it is not wanted.
+// Added to: potentials (double), slopes (of the weights as rounded), and derivatives [size]
+// (double, or 0) by the parameters. y_potentials and y_slopes are 0 where the tile has both (i, j)
+// and (j, i). Of panels they may be those of x, all pairs within x: each two are then visited once.
 //
 // Sums of squares: to squares (double, or 0) the sum of k^2 is added, each pair once. If `square`
 // (double) is not 0, weights are (x_scales[i] + y_scales[j] + square k) slope, where x_scales [N]
 // and y_scales [M] are double; x_weights and y_weights are 1 then.
 struct MmdTile {
-  std::int64_t N, M, diagonal, bf16, depth;
+  std::int64_t N, M, diagonal, bf16, depth, features;
   std::uintptr_t x, panels, products, weights, x_norms, y_norms, x_weights, y_weights, x_scales,
-      x_potentials, y_potentials, x_slopes, y_slopes, derivatives, y_scales, square, squares;
+      x_potentials, y_potentials, x_slopes, y_slopes, derivatives, y_scales, square, squares,
+      x_rows, y_rows, dx, dy;
 };
 
 // Many small problems, each of the rows between two entries of x_starts and y_starts (int64
@@ -40,7 +43,7 @@ struct MmdProblems {
 };
 
 using MmdKernelNumbers = std::array<std::uint64_t, 5>;
-using MmdTileNumbers = std::array<std::uint64_t, 22>;
+using MmdTileNumbers = std::array<std::uint64_t, 27>;
 using MmdProblemNumbers = std::array<std::uint64_t, 24>;
 
 // the numbers in the order of the struct's members, all of 8 bytes

@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/mmd.h"
 #include "cpu/simd.h"
 #include "mmd_pair.h"
@@ -13,7 +17,7 @@ namespace {
 
 using std::int64_t;
 
-constexpr int64_t kStrip = 256;  // pairs that stay in the first cache through all parts of a kernel
+constexpr int64_t kStrip = 384;  // pairs that stay in the first cache through all parts of a kernel
 
 template <class T>
 struct Part {
@@ -49,13 +53,15 @@ std::vector<Part<T>> parts_of(const MmdKernel& kernel) {
 
 template <class T>
 struct Strip {
-  alignas(64) T s[kStrip], k[kStrip], w[kStrip], right[kStrip];
+  alignas(64) T s[kStrip], k[kStrip], w[kStrip], own[kStrip];
+  const T* right;   // what pairs are multiplied by: the columns' weights, or `own`
   T inner[kStrip];  // (gamma s + coef0)^(degree - 1) of a polynomial
 };
 
-// what a part adds to values and slopes of n pairs, and, if kNext, the part after it, its fourth
-// power; returns in by[2] (by[4]) the sums of their derivatives times `right`
-template <MmdKind kKind, bool kNext, bool kDerivatives, class T>
+// what a part adds to values and slopes of n pairs, or if kFirst is of them, and, if kNext, the
+// part after it, its fourth power; returns in by[2] (by[4]) the sums of their derivatives times
+// `right`
+template <MmdKind kKind, bool kNext, bool kDerivatives, bool kFirst, class T>
 FASTXM_INLINE void add_part(const Part<T>* part, int64_t n, Strip<T>& a, T* by) {
   const Part<T>& next = part[kNext];
   const T shape = part->shape, weight = part->weight, degree = static_cast<T>(part->degree);
@@ -79,31 +85,31 @@ FASTXM_INLINE void add_part(const Part<T>* part, int64_t n, Strip<T>& a, T* by) 
         by_next_weight += right[j] * power.by_weight;
       }
     }
-    k[j] += pair.k;
-    w[j] += pair.slope;
+    k[j] = kFirst ? pair.k : k[j] + pair.k;
+    w[j] = kFirst ? pair.slope : w[j] + pair.slope;
   }
   by[0] = by_shape, by[1] = by_weight, by[2] = by_next_shape, by[3] = by_next_weight;
 }
 
-template <bool kDerivatives, class T>
+template <bool kDerivatives, bool kFirst, class T>
 FASTXM_INLINE void evaluate(const Part<T>* part, bool next, int64_t n, Strip<T>& a, T* by) {
   switch (part->kind) {
     case MmdKind::rbf:
-      return next ? add_part<MmdKind::rbf, true, kDerivatives>(part, n, a, by)
-                  : add_part<MmdKind::rbf, false, kDerivatives>(part, n, a, by);
+      return next ? add_part<MmdKind::rbf, true, kDerivatives, kFirst>(part, n, a, by)
+                  : add_part<MmdKind::rbf, false, kDerivatives, kFirst>(part, n, a, by);
     case MmdKind::rational_quadratic:
-      return add_part<MmdKind::rational_quadratic, false, kDerivatives>(part, n, a, by);
+      return add_part<MmdKind::rational_quadratic, false, kDerivatives, kFirst>(part, n, a, by);
     case MmdKind::laplace:
-      return add_part<MmdKind::laplace, false, kDerivatives>(part, n, a, by);
+      return add_part<MmdKind::laplace, false, kDerivatives, kFirst>(part, n, a, by);
     case MmdKind::energy:
-      return add_part<MmdKind::energy, false, kDerivatives>(part, n, a, by);
+      return add_part<MmdKind::energy, false, kDerivatives, kFirst>(part, n, a, by);
     case MmdKind::polynomial:
       std::fill(a.inner, a.inner + n, T(1));
       for (int64_t d = 1; d < part->degree; ++d) {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) a.inner[j] *= part->shape * a.s[j] + part->weight;
       }
-      return add_part<MmdKind::polynomial, false, kDerivatives>(part, n, a, by);
+      return add_part<MmdKind::polynomial, false, kDerivatives, kFirst>(part, n, a, by);
   }
 }
 
@@ -122,39 +128,52 @@ struct Rows {
   double* derivatives;              // of all parts, added to
   const double *x_terms, *y_terms;  // [rows], [width]: MmdTile's scales where there is a square
   double square;
-  double* squares;  // added to, 0 where they are not wanted
-  bool bf16;        // weights are of bfloat16, else of T
-  void* weights;    // [rows, weight_stride], 0 where they are not wanted
+  double* squares;       // added to, 0 where they are not wanted
+  void* weights;         // [rows, weight_stride] of T, 0 where they are not wanted
+  std::uint32_t* pairs;  // 0, or weights are of bfloat16, and here two rows' beside each other
   int64_t weight_stride;
+  double once;  // what derivatives and squares count: 0.5 where there is (j, i) too
 };
 
-// writes a row of weights, gives what it holds to the columns, and returns its sum
-template <class T, class Out>
-FASTXM_INLINE T write_weights(const T* w, const T* right, T scale, int64_t n, Out* out,
-                              T* y_slopes) {
-  T slope = 0;
+// writes row i of weights, and gives what it holds to the columns
+template <class T>
+FASTXM_INLINE T write_weights(const Rows<T>& r, int64_t i, const T* w, const T* right, T scale) {
+  T *out = static_cast<T*>(r.weights) + i * r.weight_stride, *y_slopes = r.y_slopes, slope = 0;
+  const int64_t n = r.width;
 #pragma omp simd reduction(+ : slope)
   for (int64_t j = 0; j < n; ++j) {
-    Out rounded;
-    from_float(w[j] * scale * right[j], rounded);
-    out[j] = rounded;
-    slope += to_float(rounded);
-    y_slopes[j] += to_float(rounded);
+    out[j] = w[j] * scale * right[j];
+    slope += out[j];
+    y_slopes[j] += out[j];
   }
   return slope;
 }
 
-template <class T>
-FASTXM_INLINE void write_row(const Rows<T>& r, int64_t i, const T* w, const T* right, T scale,
-                             int64_t n) {
-  const int64_t at = i * r.weight_stride;
-  T slope = 0;
-  if constexpr (sizeof(T) == 4) {
-    if (r.bf16)
-      slope = write_weights(w, right, scale, n, static_cast<bfloat16*>(r.weights) + at, r.y_slopes);
+FASTXM_INLINE float write_halves(const Rows<float>& r, int64_t i, const float* w,
+                                 const float* right, float scale) {
+  auto* out = static_cast<bfloat16*>(r.weights) + i * r.weight_stride;
+  std::uint32_t* pairs = r.pairs + i / 2 * r.weight_stride;
+  float *y_slopes = r.y_slopes, slope = 0;
+  const int64_t n = r.width;
+  const std::uint32_t before = i % 2 ? 0xffffu : 0u, shift = i % 2 ? 16 : 0;
+#pragma omp simd reduction(+ : slope)
+  for (int64_t j = 0; j < n; ++j) {
+    from_float(w[j] * scale * right[j], out[j]);
+    pairs[j] = (pairs[j] & before) | std::uint32_t{out[j].bits} << shift;
+    slope += to_float(out[j]);
+    y_slopes[j] += to_float(out[j]);
   }
-  if (!r.bf16)
-    slope = write_weights(w, right, scale, n, static_cast<T*>(r.weights) + at, r.y_slopes);
+  if (n % 2) out[n].bits = 0;
+  return slope;
+}
+
+template <class T>
+FASTXM_INLINE void write_row(const Rows<T>& r, int64_t i, const T* w, const T* right, T scale) {
+  T slope;
+  if constexpr (sizeof(T) == 4)
+    slope = r.pairs ? write_halves(r, i, w, right, scale) : write_weights(r, i, w, right, scale);
+  else
+    slope = write_weights(r, i, w, right, scale);
   r.x_slopes[i] += slope;
 }
 
@@ -165,11 +184,14 @@ FASTXM_INLINE void add_parts(const Rows<T>& r, T scale, int64_t n, Strip<T>& a) 
   while (part < end) {
     const int64_t count = part + 1 < end && part[1].power ? 2 : 1;
     T by[4] = {};
-    evaluate<kDerivatives>(part, count == 2, n, a, by);
+    if (part == r.parts.data())
+      evaluate<kDerivatives, true>(part, count == 2, n, a, by);
+    else
+      evaluate<kDerivatives, false>(part, count == 2, n, a, by);
     for (const T* own = by; own < by + 2 * count; own += 2, ++part) {
       if (!kDerivatives) continue;
-      r.derivatives[part->at] += double(scale) * own[0];
-      r.derivatives[part->at + part->K] += double(scale) * own[1];
+      r.derivatives[part->at] += r.once * scale * own[0];
+      r.derivatives[part->at + part->K] += r.once * scale * own[1];
     }
   }
 }
@@ -181,7 +203,7 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
   const int64_t n = r.width;
   const T *y_norms = r.y_norms, *y_weights = r.y_weights;
   T* y_potentials = r.y_potentials;
-  T *s = a.s, *k = a.k, *w = a.w, *right = a.right;
+  T *s = a.s, *k = a.k, *w = a.w;
   for (int64_t i = 0; i < r.rows; ++i) {
     const T *g = r.products + i * r.stride, norm = r.radial ? r.x_norms[i] : T(0);
     const T weight = r.x_weights[i];
@@ -199,10 +221,13 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
     const bool crossed = r.diagonal != MmdDiagonal::plain && own >= 0 && own < n;
     const bool dropped = crossed && r.diagonal == MmdDiagonal::dropped;
     if (crossed && r.radial) s[own] = 0;
-    std::fill(k, k + n, T(0));
-    std::fill(w, w + n, T(0));
-    std::copy(y_weights, y_weights + n, right);
-    if (dropped) right[own] = 0;
+    a.right = y_weights;
+    if (dropped) {
+      std::copy(y_weights, y_weights + n, a.own);
+      a.own[own] = 0;
+      a.right = a.own;
+    }
+    const T* right = a.right;
     if (r.derive && !r.x_terms)
       add_parts<true>(r, scale, n, a);
     else
@@ -220,19 +245,43 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
       T squares = 0;
 #pragma omp simd reduction(+ : squares)
       for (int64_t j = 0; j < n; ++j) squares += k[j] * k[j];
-      *r.squares += squares;
+      *r.squares += r.once * squares;
     }
     if (r.x_terms) {
       // the terms cancel in part, and of float they would lose the same in all pairs of a row
       const double term = r.x_terms[i], *y_terms = r.y_terms, square = r.square;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) right[j] = static_cast<T>(term + y_terms[j] + square * k[j]);
-      if (dropped) right[own] = 0;
+      for (int64_t j = 0; j < n; ++j) a.own[j] = static_cast<T>(term + y_terms[j] + square * k[j]);
+      if (dropped) a.own[own] = 0;
+      a.right = a.own;
     }
-    if (r.weights) write_row(r, i, w, right, scale, n);
+    if (r.weights) write_row(r, i, w, a.right, scale);
     // derivatives need the value of all parts
     if (r.derive && r.x_terms) add_parts<true>(r, scale, n, a);
   }
+}
+
+// results below the normal range become 0 at once: they cost a hundred cycles each otherwise
+struct FlushToZero {
+#if defined(__SSE2__)
+  unsigned before = _mm_getcsr();
+  FlushToZero() { _mm_setcsr(before | 0x8040u); }
+  ~FlushToZero() { _mm_setcsr(before); }
+#endif
+};
+
+// a parallel region is not cloned for each instruction set, so what it calls is
+FASTXM_MULTIARCH void some_rows(const Rows<float>& rows) { rows_of(rows); }
+FASTXM_MULTIARCH void some_rows(const Rows<double>& rows) { rows_of(rows); }
+
+template <class To, class T>
+void add(To* to, const T* from, int64_t n, T factor = 1) {
+  for (int64_t j = 0; j < n; ++j) to[j] += factor * from[j];
+}
+
+template <class T>
+bool is_radial(const std::vector<Part<T>>& parts) {
+  return parts.front().kind != MmdKind::polynomial;
 }
 
 }  // namespace

@@ -55,9 +55,9 @@ FASTXM_INLINE void from_float(double x, double& y) { y = x; }
 FASTXM_INLINE void from_float(float x, bfloat16& y) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  // round to nearest even; a NaN stays one
-  std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  y.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : rounded);
+  // round to nearest even; a NaN stays one, without a branch that loops could not be vectorised for
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  y.bits = static_cast<std::uint16_t>(rounded | (-static_cast<std::uint32_t>(x != x) & 0x7fc0u));
 }
 
 // e^x to 1 ulp or so, in straight-line code that vectorises; 0 below -87.3, inf above 88.7, NaN
@@ -74,15 +74,12 @@ FASTXM_INLINE float exp_fast(float x) {
   p = std::fma(p, r, 1.6666665459e-1f);
   p = std::fma(p, r, 5.0000001201e-1f);
   p = std::fma(p, r * r, r + 1.0f);
-  // 2^n in two factors, so that n = 128 does not overflow the exponent field
-  std::int32_t i = static_cast<std::int32_t>(n);
-  std::int32_t half = i >> 1;
-  std::uint32_t a = static_cast<std::uint32_t>(half + 127) << 23;
-  std::uint32_t b = static_cast<std::uint32_t>(i - half + 127) << 23;
-  float fa, fb;
-  std::memcpy(&fa, &a, 4);
-  std::memcpy(&fb, &b, 4);
-  float y = p * fa * fb;
+  // times 2^n: p is below 1 where n is 128, and at least 1 or so where it is -126
+  std::uint32_t bits;
+  std::memcpy(&bits, &p, 4);
+  bits += static_cast<std::uint32_t>(static_cast<std::int32_t>(n)) << 23;
+  float y;
+  std::memcpy(&y, &bits, 4);
   y = x < -87.33654f ? 0.0f : y;
   y = x > 88.72283f ? INFINITY : y;
   return x != x ? x : y;

@@ -79,7 +79,7 @@ def choose(op: str, device: torch.device, auto: str, offered: Sequence[str] = BA
         offered: the backends that the op has.
 
     Raises:
-        NotImplementedError: the forced backend does not exist for this op or device.
+        NotImplementedError: the forced backend does not exist for this op or device; says which do.
     """
     name = forced[-1] if forced else auto
     last[op] = name
@@ -89,7 +89,8 @@ def choose(op: str, device: torch.device, auto: str, offered: Sequence[str] = BA
     if name == "triton" and interpreting():
         runs_on = None
     if name not in offered or (runs_on is not None and device.type != runs_on):
-        raise NotImplementedError(f"{op} has no {name} backend for {device.type} tensors")
+        there = f"{device.type} tensors, of {', '.join(offered)}"
+        raise NotImplementedError(f"{op} has no {name} backend for {there}")
     return name
 
 
@@ -135,8 +136,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of statistics."""
-    dtype = wide_dtype(*tensors)
-    return tuple(t.to(dtype) for t in tensors)
+    return tuple(t.to(wide_dtype(*tensors)) for t in tensors)
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -75,12 +75,15 @@ def times(a: Tensor, y: Tensor, out: Tensor) -> None:
     )
 
 
-def pack(y: Tensor) -> Tensor | None:
-    """The rows of y [M, D], of `operands`, in panels; None where no tile kernel multiplies them."""
+def pack(y: Tensor, depth: bool = False) -> Tensor | None:
+    """The rows of y [M, D], of `operands`, as columns of panels, or as their depth; None where no
+    tile kernel multiplies them."""
     if y.dtype not in PACKED or y.device.type != "cpu":
         return None
     M, D = y.shape
-    panels = y.new_empty(-(-M // PANEL) * PANEL * D)
     half = y.dtype == torch.bfloat16
-    _C.gemm_pack_cpu(half, y.data_ptr(), M, D, D, panels.data_ptr(), threads())
+    columns, steps = (D, M + (half and M % 2)) if depth else (M, D)
+    panels = y.new_empty(-(-columns // PANEL) * PANEL * steps)
+    make = _C.gemm_pack_rows_cpu if depth else _C.gemm_pack_cpu
+    make(half, y.data_ptr(), M, D, D, panels.data_ptr(), threads())
     return panels

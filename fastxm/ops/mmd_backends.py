@@ -18,6 +18,7 @@ MAKERS: dict[str, Maker] = {
     "cuda": mmd_cuda.epilogue,
     "triton": mmd_triton.fused,
 }
+# rows of a tile, any number; where C++ has products of its own it takes all tiles at once
 TILE = {"reference": 2048, "cpu": 512, "cuda": mmd_cuda.TILE, "triton": mmd_triton.TILE}
 SMALL = 256  # rows of a problem that one thread of a CPU takes alone
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # x, y, a, b, c, parameters

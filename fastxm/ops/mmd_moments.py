@@ -8,6 +8,7 @@ as the gradient of a value of theirs needs the sums of all:
     da[i] + 2 ds[0] k  in Kxx     db[i] + 2 ds[1] k  in Kyy     dp[i] + dq[j] + 2 ds[2] k  in Kxy
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -89,7 +90,7 @@ def _by_tiles(x: Tensor, terms: list[Term]) -> bool:
     return name == "cpu" and len({term.radial for term in terms}) == 1
 
 
-def _rows(x: Tensor, y: Tensor, wanted: "list[bool] | tuple[bool, ...]") -> list[Rows]:
+def _rows(x: Tensor, y: Tensor, wanted: Sequence[bool]) -> list[Rows]:
     return [Rows.make(z, z, z.new_ones(len(z)), w, True) for z, w in zip((x, y), wanted)]
 
 

@@ -64,7 +64,7 @@ class Rows:
     scale: Tensor  # [N], weight times the coefficient of the visit; float64 for a square
     potential: Tensor  # [N], float64
     slopes: Tensor  # [N], sums of w
-    other: Tensor  # [N, D], what gradients of the other sample are products of
+    other: Tensor  # [N, D], what gradients of the other sample are products of; packed with panels
     gradient: Tensor | None  # [N, D], if wanted
 
     @classmethod
@@ -72,6 +72,10 @@ class Rows:
         zeros = torch.zeros_like(weight)
         dz = torch.zeros_like(other, dtype=weight.dtype) if gradient else None
         panels = gemm.pack(z) if packed else None
+        if panels is not None:
+            found = gemm.pack(other, depth=True)
+            assert found is not None  # it is of the dtype of z
+            other = found
         norms = torch.cat([t.to(weight.dtype).square().sum(1) for t in z.split(1024)])
         return cls(z, panels, norms, weight, weight, zeros, torch.zeros_like(weight), other, dz)
 
@@ -83,8 +87,8 @@ class Rows:
     def part(self, start: int, size: int) -> "Rows":
         some = slice(start, start + size)
         gradient = None if self.gradient is None else self.gradient[some]
-        panels = None if self.panels is None else self.panels[start * self.z.shape[1] :]
-        return Rows(self.z[some], panels, self.norms[some], self.weight[some], self.scale[some],
+        assert self.panels is None  # of which C++ takes the tiles itself
+        return Rows(self.z[some], None, self.norms[some], self.weight[some], self.scale[some],
                     self.potential[some], self.slopes[some], self.other[some],
                     gradient)  # fmt: skip
 
@@ -120,7 +124,8 @@ def samples(
     if radial and centre is None:
         sums = x.sum(0, dtype=a.dtype) + y.sum(0, dtype=a.dtype)
         centre = sums / (len(x) + len(y))
-    exact = [z.to(a.dtype) if centre is None else z.to(a.dtype) - centre for z in (x, y)]
+    # less the centre, which is of the wide dtype, in one pass
+    exact = [z.to(a.dtype) if centre is None else z - centre for z in (x, y)]
     exact = [z.contiguous() for z in exact]
     if not half:
         return (exact[0],) * 3, (exact[1],) * 3

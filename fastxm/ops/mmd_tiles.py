@@ -16,11 +16,9 @@ from torch import Tensor
 
 from fastxm import _C
 from fastxm.ops import dispatch, gemm
+from fastxm.ops.mmd_native import numbers_of, whole
 from fastxm.ops.mmd_pairs import by_parameters, off_diagonal, slope, value
 from fastxm.ops.mmd_rows import Function, Room, Rows
-
-DIAGONALS = ("plain", "same", "dropped")
-
 
 # of a function, rows, columns, what pairs i = j are, whether columns get their sums too, and a
 # place for weights: w [n, m], or None where no gradient is wanted
@@ -55,6 +53,9 @@ def visit(
     x, y = x.begin(coefficient), y.begin(coefficient if of_y is None else of_y)
     y = x if triangle else y
     N, M = len(x.z), len(y.z)
+    if y.panels is not None:
+        whole(function, x, y, "dropped" if drop else "same" if triangle else "plain")
+        return x.potential, y.potential
     room = Room.of(x, y, tile)
     for i in range(0, N, tile):
         rows = x.part(i, tile)
@@ -82,41 +83,13 @@ def native(
     """A tile by C++, which makes the products too where it has a kernel for them."""
     n, m = len(rows.z), len(columns.z)
     products, weights = room.tile(n, m)
-    if columns.panels is None:
-        torch.mm(rows.z, columns.z.T, out=products)
+    torch.mm(rows.z, columns.z.T, out=products)
     w = weights if wanted(rows, columns) else None
     sums = (rows.potential, rows.slopes, columns.potential, columns.slopes)
-    made = None if columns.panels is not None else products
     squared = (None if f.square is None else columns.scale, f.square, f.squares)
-    numbers = numbers_of(rows, columns, own, made, w, sums, mirrored, f.derivatives, squared)
+    numbers = numbers_of(rows, columns, own, products, w, sums, mirrored, f.derivatives, squared)
     _C.mmd_tile_cpu(f.numbers(f.parameters), numbers, dispatch.threads())
     return w
-
-
-def numbers_of(
-    rows: Rows,
-    columns: Rows,
-    own: str,
-    products: Tensor | None,
-    weights: Tensor | None,
-    sums: tuple[Tensor, ...],
-    mirrored: bool,
-    derivatives: Tensor | None,
-    squared: tuple[Tensor | None, ...] = (None, None, None),
-) -> list[int]:
-    """MmdTile of csrc/cpu/mmd.h; sums: potentials and slopes of rows, then those of columns;
-    squared: y_scales, square and squares."""
-    x_potential, x_slopes, *of_columns = sums
-    y_potential, y_slopes = of_columns if mirrored else (None, None)
-    tensors = [
-        *(rows.z, columns.panels, products, weights, rows.norms, columns.norms),
-        *(rows.weight, columns.weight, rows.scale, x_potential, y_potential, x_slopes, y_slopes),
-        derivatives,
-        *squared,
-    ]
-    half = rows.z.dtype == torch.bfloat16
-    numbers = [len(rows.z), len(columns.z), DIAGONALS.index(own), half, rows.z.shape[1]]
-    return numbers + [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def plain(

@@ -5,8 +5,9 @@ import importlib
 import torch
 from torch import Tensor
 
+from fastxm.ops.mmd_native import DIAGONALS
 from fastxm.ops.mmd_rows import Function, Room, Rows
-from fastxm.ops.mmd_tiles import DIAGONALS, plain, wanted
+from fastxm.ops.mmd_tiles import plain, wanted
 
 TILE = 8192
 PRECISIONS = {"float32": "ieee", "tf32": "tf32", "tf32x3": "tf32x3", "bfloat16": "ieee"}

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from fastxm.losses import mmd_loss
 from fastxm.ops import (
     backend,
+    gemm,
     median_heuristic,
     mmd2,
     mmd2_and_variance,
@@ -314,16 +315,30 @@ def test_triton_gradients_of_bandwidths(triton_device):
         torch.testing.assert_close(torch.autograd.grad(mmd2(x, y, RBF(p)), p)[0], found)
 
 
-def test_same_bits_for_any_threads():
-    x, y = (t[0].requires_grad_() for t in samples(600, 530, 16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_any_threads(dtype):
+    # three blocks of rows against two; without tile kernels the vendor's products may differ
+    x, y = (t[0].requires_grad_() for t in samples(801, 530, 17, dtype=dtype))
     before = torch.get_num_threads()
-    outputs = []
-    for threads in (1, 3):
-        # the GEMM's own order may depend on threads, the epilogue's may not: D = 16 is one block
+    runs = []
+    for threads in (1, 3, 3):
         torch.set_num_threads(threads)
-        outputs.append([mmd2(x, y, LADDER).detach() for _ in range(2)])
+        total = mmd2(x, y, LADDER)
+        found = torch.autograd.grad(total, (x, y)) if dtype in gemm.PACKED else ()
+        runs.append((total.detach(), *found))
     torch.set_num_threads(before)
-    assert len({float(v) for run in outputs for v in run}) == 1
+    for run in runs[1:]:
+        assert all(map(torch.equal, run, runs[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_of_one_row_reaches_all_that_meet_it(dtype, device):
+    x, y = (t[0].to(device) for t in samples(800, 530, 5, dtype=dtype))
+    x[700, 2] = math.nan
+    x, y = x.requires_grad_(), y.requires_grad_()
+    total = mmd2(x, y)
+    assert total.isnan()
+    assert all(g.isnan().all() for g in torch.autograd.grad(total, (x, y)))
 
 
 GOLDEN = [  # biased, unbiased, u_statistic, linear, block of 3
@@ -403,7 +418,7 @@ def dense_variance(kernel, x, y):
 def small_blocks(monkeypatch):
     for module in (mmd_moments_reference, mmd_median):
         monkeypatch.setattr(module, "BLOCK", 1 << 10)
-    monkeypatch.setitem(mmd_backends.TILE, "cpu", 64)  # a panel of columns
+    monkeypatch.setitem(mmd_backends.TILE, "cpu", 50)
 
 
 @by_name(KERNELS)
@@ -421,7 +436,8 @@ def test_variance_by_blocks(kernel, name, device, small_blocks):
         torch.testing.assert_close(ours(x, y), dense(x, y))
         torch.testing.assert_close(gradient(ours)(x, y), gradient(dense)(x, y))
         no_worse(ours, dense, x.float(), y.float())
-        no_worse(gradient(ours), gradient(dense), x.float(), y.float(), factor=4)
+        factor = 4 if name == "reference" else 2  # its blocks sum gradients in float32
+        no_worse(gradient(ours), gradient(dense), x.float(), y.float(), factor=factor)
 
 
 @by_name(LEARNED)
@@ -448,7 +464,8 @@ def test_dispatch_of_the_variance(device):
     want = torch.autograd.grad(mmd2_and_variance(x, y, kernel), (x, y))
     compiled = torch.compile(mmd2_and_variance, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(x, y, kernel), (x, y)), want)
-    with backend("triton"), pytest.raises(NotImplementedError, match="mmd2_and_variance"):
+    there = "mmd2_and_variance has no triton backend for .* tensors, of reference, cpu"
+    with backend("triton"), pytest.raises(NotImplementedError, match=there):
         mmd2_and_variance(x, y, kernel)
 
 
@@ -467,7 +484,7 @@ def test_median_by_blocks(n, m, dtype, device, small_blocks):
 def test_memory_of_blocks(monkeypatch):
     for module in (mmd_moments_reference, mmd_median):
         monkeypatch.setattr(module, "BLOCK", 1 << 13)
-    monkeypatch.setitem(mmd_backends.TILE, "cpu", 64)
+    monkeypatch.setitem(mmd_backends.TILE, "cpu", 50)
     x, y = (torch.randn(600, 4, requires_grad=True) for _ in range(2))
     matrix = 4 * 600 * 600
     for kernel in (RBF(3.0), RBF(3.0) + Linear()):  # by tiles of C++, and in plain PyTorch

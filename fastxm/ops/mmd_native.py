@@ -1,0 +1,59 @@
+"""What the native code of tiles takes, and all tiles by C++ where it has products of its own."""
+
+import torch
+from torch import Tensor
+
+from fastxm import _C
+from fastxm.ops import dispatch
+from fastxm.ops.mmd_rows import Function, Rows
+
+DIAGONALS = ("plain", "same", "dropped")
+
+
+def whole(f: Function, x: Rows, y: Rows, own: str) -> None:
+    """All tiles by C++, their products and what these give too."""
+    sums = (x.potential, x.slopes, y.potential, y.slopes)
+    squared = (None if f.square is None else y.scale, f.square, f.squares)
+    numbers = numbers_of(
+        x,
+        y,
+        own,
+        None,
+        None,
+        sums,
+        True,
+        f.derivatives,
+        squared,
+        (x.other, y.other, x.gradient, y.gradient),
+    )
+    _C.mmd_tile_cpu(f.numbers(f.parameters), numbers, dispatch.threads())
+
+
+def numbers_of(
+    rows: Rows,
+    columns: Rows,
+    own: str,
+    products: Tensor | None,
+    weights: Tensor | None,
+    sums: tuple[Tensor, ...],
+    mirrored: bool,
+    derivatives: Tensor | None,
+    squared: tuple[Tensor | None, ...] = (None, None, None),
+    given: tuple[Tensor | None, ...] = (None,) * 4,
+) -> list[int]:
+    """MmdTile of csrc/cpu/mmd.h; sums: potentials and slopes of rows, then those of columns;
+    squared: y_scales, square and squares."""
+    x_potential, x_slopes, *of_columns = sums
+    y_potential, y_slopes = of_columns if mirrored else (None, None)
+    tensors = [
+        *(rows.z, columns.panels, products, weights, rows.norms, columns.norms),
+        *(rows.weight, columns.weight, rows.scale, x_potential, y_potential, x_slopes, y_slopes),
+        derivatives,
+        *squared,
+        *given,
+    ]
+    half = rows.z.dtype == torch.bfloat16
+    gradient = columns.gradient if rows.gradient is None else rows.gradient
+    features = 0 if gradient is None else gradient.shape[1]
+    numbers = [len(rows.z), len(columns.z), DIAGONALS.index(own), half, rows.z.shape[1], features]
+    return numbers + [0 if t is None else t.data_ptr() for t in tensors]
