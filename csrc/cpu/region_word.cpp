@@ -59,16 +59,18 @@ void region_word_attention_cpu(bool float64, std::uintptr_t s, std::uintptr_t al
 }
 
 void region_word_pool_cpu(bool float64, std::uintptr_t a, std::uintptr_t b, std::int64_t n,
-                          std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
-                          std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,
-                          std::int64_t words, double pool, std::uintptr_t scores,
-                          std::int64_t stride, int threads) {
+                          std::uintptr_t w, std::uintptr_t dots, std::uintptr_t word_rnorm,
+                          std::uintptr_t square, std::uintptr_t starts, std::int64_t texts,
+                          std::int64_t pictures, std::int64_t words, double pool,
+                          std::uintptr_t scores, std::int64_t stride, int threads) {
   auto run = [&](auto type) {
     using T = decltype(type);
     Extent e = {pointer<const std::int64_t>(starts), texts, pictures, words};
     auto text = [&](std::int64_t t, std::int64_t p, std::int64_t k, std::int64_t m, T* scratch) {
+      const T* rows = pointer<const T>(a) + k * n;
       T* squares = pointer<T>(square) + k;
-      square_rows(pointer<const T>(a) + k * n, pointer<const T>(b) + k * n, n, squares, m);
+      product_rows(rows, pointer<const T>(b) + k * n, n, squares, m);
+      if (w) product_rows(rows, pointer<const T>(w) + e.starts[t] * n, n, pointer<T>(dots) + k, m);
       if (!scores) return;
       pointer<T>(scores)[t * stride + p] =
           pooled(pointer<const T>(dots) + k, pointer<const T>(word_rnorm) + e.starts[t], squares, m,

@@ -79,14 +79,14 @@ FASTXM_INLINE T pool_weights(const T* dots, const T* word_rnorm, const T* square
   return best;
 }
 
-// square [words]: the products of the rows of a and b, of n elements
+// products [words]: of the rows of a and b, of n elements
 template <class T>
-FASTXM_INLINE void multiply_rows(const T* a, const T* b, int64_t n, T* square, int64_t words) {
+FASTXM_INLINE void multiply_rows(const T* a, const T* b, int64_t n, T* products, int64_t words) {
   for (int64_t j = 0; j < words; ++j) {
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) sum += a[j * n + i] * b[j * n + i];
-    square[j] = sum;
+    products[j] = sum;
   }
 }
 
@@ -186,8 +186,8 @@ FASTXM_INLINE void gradient_text(const T* s, T* ds, const T* alpha, const T* h, 
                                bool word_softmax, T* scratch) {                                    \
     attend_text(s, alpha, dots, words, R, sharp, word_softmax, scratch);                           \
   }                                                                                                \
-  FASTXM_MULTIARCH void square_rows(const T* a, const T* b, int64_t n, T* square, int64_t words) { \
-    multiply_rows(a, b, n, square, words);                                                         \
+  FASTXM_MULTIARCH void product_rows(const T* a, const T* b, int64_t n, T* out, int64_t words) {   \
+    multiply_rows(a, b, n, out, words);                                                            \
   }                                                                                                \
   FASTXM_MULTIARCH T pooled(const T* dots, const T* word_rnorm, const T* square, int64_t words,    \
                             T pool, T* scratch) {                                                  \

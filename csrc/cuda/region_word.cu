@@ -110,8 +110,8 @@ struct Pool {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    pool_kernel(const T* a, const T* b, int64_t n, const T* dots, const T* word_rnorm, T* square,
-                const Texts e, T sharpness, T* scores, int64_t stride) {
+    pool_kernel(const T* a, const T* b, int64_t n, const T* w, T* dots, const T* word_rnorm,
+                T* square, const Texts e, T sharpness, T* scores, int64_t stride) {
   const Place p = place_of(e);
   const int lane = threadIdx.x % 32;
   for (int j = threadIdx.x / 32; j < p.words; j += kWarps) {
@@ -120,6 +120,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t i = lane; i < n; i += 32) sum += a[row + i] * b[row + i];
     sum = warp_sum(sum);
     if (lane == 0) square[p.first + j] = sum;
+    if (!w) continue;
+    T dot = 0;
+    for (int64_t i = lane; i < n; i += 32) dot += a[row + i] * w[(p.word + j) * n + i];
+    dot = warp_sum(dot);
+    if (lane == 0) dots[p.first + j] = dot;
   }
   if (!scores) return;
   __syncthreads();
@@ -209,15 +214,15 @@ void region_word_attention_cuda(bool float64, std::uintptr_t s, std::uintptr_t a
 }
 
 void region_word_pool_cuda(bool float64, std::uintptr_t a, std::uintptr_t b, std::int64_t n,
-                           std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
-                           std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,
-                           std::int64_t words, double pool, std::uintptr_t scores,
-                           std::int64_t stride, std::uintptr_t stream) {
+                           std::uintptr_t w, std::uintptr_t dots, std::uintptr_t word_rnorm,
+                           std::uintptr_t square, std::uintptr_t starts, std::int64_t texts,
+                           std::int64_t pictures, std::int64_t words, double pool,
+                           std::uintptr_t scores, std::int64_t stride, std::uintptr_t stream) {
   const auto run = [&](auto type) {
     using T = decltype(type);
     launch("region_word_pool", pool_kernel<T>, texts * pictures, kThreads,
            reinterpret_cast<cudaStream_t>(stream), pointer<const T>(a), pointer<const T>(b), n,
-           pointer<const T>(dots), pointer<const T>(word_rnorm), pointer<T>(square),
+           pointer<const T>(w), pointer<T>(dots), pointer<const T>(word_rnorm), pointer<T>(square),
            texts_of(starts, texts, pictures, words), static_cast<T>(pool), pointer<T>(scores),
            stride);
   };

@@ -13,10 +13,10 @@ void region_word_attention_cuda(bool float64, std::uintptr_t s, std::uintptr_t a
                                 std::int64_t pictures, std::int64_t words, std::int64_t regions,
                                 double sharp, bool word_softmax, std::uintptr_t stream);
 void region_word_pool_cuda(bool float64, std::uintptr_t a, std::uintptr_t b, std::int64_t n,
-                           std::uintptr_t dots, std::uintptr_t word_rnorm, std::uintptr_t square,
-                           std::uintptr_t starts, std::int64_t texts, std::int64_t pictures,
-                           std::int64_t words, double pool, std::uintptr_t scores,
-                           std::int64_t stride, std::uintptr_t stream);
+                           std::uintptr_t w, std::uintptr_t dots, std::uintptr_t word_rnorm,
+                           std::uintptr_t square, std::uintptr_t starts, std::int64_t texts,
+                           std::int64_t pictures, std::int64_t words, double pool,
+                           std::uintptr_t scores, std::int64_t stride, std::uintptr_t stream);
 void region_word_bwd_cuda(bool float64, std::uintptr_t s, std::uintptr_t ds, std::uintptr_t alpha,
                           std::uintptr_t h, std::uintptr_t twice, std::uintptr_t dots,
                           std::uintptr_t word_rnorm, std::uintptr_t square, std::uintptr_t starts,

@@ -5,6 +5,8 @@ What is made of a picture are [K, R] blocks over the K words of all texts. With 
 picture, s = w rᵀ, alpha = softmax(s) and the contexts c = alpha r:
 
     <w, c> = sum_r alpha s        |c|^2 = sum_r alpha h,    h = c rᵀ = alpha (r rᵀ)
+
+or both of c, where it is made.
 """
 
 from collections.abc import Iterator
@@ -32,6 +34,8 @@ class _Words:
         self.packed = self.texts.pack(words).to(self.products.dtype)  # [K, D]
         self.wide = wide_dtype(regions, words)
         self.rnorm = norms(self.packed, self.wide).reciprocal()
+        # <w, c> and |c|^2 are to be of one c: its rounding then turns it, and little else
+        self.of_dots = 0 if self.gram else self.packed.to(self.wide)
         self.sharp, self.pool, self.word_softmax = sharp, pool, word_softmax
 
 
@@ -78,7 +82,7 @@ class _Block:
             words.products.contexts(self.alpha, self.picture, self.inner)
         pair = (self.alpha, self.h) if words.gram else (self.inner, self.inner)
         given = (self.dots, words.rnorm, self.square, *self.sizes, words.pool, *scores)
-        self.run("pool", *pair, pair[0].shape[2], *given)
+        self.run("pool", *pair, pair[0].shape[2], words.of_dots, *given)
 
     def backward(self, dscores: Tensor) -> Tensor:
         """Writes ds and radial [P, K], and returns the gradient of the regions."""

@@ -89,7 +89,8 @@ def each_draw(f):
 
 
 def draws(*args):
-    return [torch.stack(group) for group in zip(*(inputs(*args) for _ in range(DRAWS)))]
+    count = DRAWS * max(1, 6000 // math.prod(args[:3]))  # the rarely ill-conditioned one among them
+    return [torch.stack(group) for group in zip(*(inputs(*args) for _ in range(min(count, 100))))]
 
 
 def both(form, wrap=lambda f: f):
