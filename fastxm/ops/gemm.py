@@ -64,17 +64,6 @@ def triton_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
-def times(a: Tensor, y: Tensor, out: Tensor) -> None:
-    """out [N, M], float32, = a yᵀ of rows a [N, D] and y [M, D] of one packed dtype, contiguous."""
-    (N, D), M, half = a.shape, len(y), a.dtype == torch.bfloat16
-    panels = pack(y)
-    assert panels is not None
-    _C.gemm_cpu(
-        *(half, a.data_ptr(), D, N, panels.data_ptr(), D, M),
-        *(out.data_ptr(), out.stride(0), threads()),
-    )
-
-
 def pack(y: Tensor, depth: bool = False) -> Tensor | None:
     """The rows of y [M, D], of `operands`, as columns of panels, or as their depth; None where no
     tile kernel multiplies them."""

@@ -11,20 +11,18 @@ DIAGONALS = ("plain", "same", "dropped")
 
 
 def whole(f: Function, x: Rows, y: Rows, own: str) -> None:
-    """All tiles by C++, their products and what these give too."""
-    sums = (x.potential, x.slopes, y.potential, y.slopes)
-    squared = (None if f.square is None else y.scale, f.square, f.squares)
+    """All of x and y by C++, in blocks: their products, the kernel, the gradients' products."""
     numbers = numbers_of(
         x,
         y,
         own,
-        None,
-        None,
-        sums,
-        True,
-        f.derivatives,
-        squared,
-        (x.other, y.other, x.gradient, y.gradient),
+        products=None,
+        weights=None,
+        sums=(x.potential, x.slopes, y.potential, y.slopes),
+        mirrored=True,
+        derivatives=f.derivatives,
+        squared=(None if f.square is None else y.scale, f.square, f.squares),
+        given=(x.other, y.other, x.gradient, y.gradient),
     )
     _C.mmd_tile_cpu(f.numbers(f.parameters), numbers, dispatch.threads())
 

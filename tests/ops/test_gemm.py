@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from fastxm import _C
 from fastxm.ops import gemm
+from fastxm.ops.dispatch import threads
 
 # N, M, D
 SHAPES = [
@@ -16,10 +18,15 @@ SHAPES = [
 
 
 def product(a, y):
-    out = torch.full((len(a), len(y) + 3), 7.0)
-    gemm.times(a, y, out[:, : len(y)])
-    assert torch.equal(out[:, len(y) :], torch.full((len(a), 3), 7.0))  # no further
-    return out[:, : len(y)].clone()
+    """a yᵀ [N, M], float32, of rows a [N, D] and y [M, D] of one packed dtype."""
+    (N, D), M = a.shape, len(y)
+    out, panels = torch.full((N, M + 3), 7.0), gemm.pack(y)
+    _C.gemm_cpu(
+        *(a.dtype == torch.bfloat16, a.data_ptr(), D, N, panels.data_ptr(), D, M),
+        *(out.data_ptr(), out.stride(0), threads()),
+    )
+    assert torch.equal(out[:, M:], torch.full((N, 3), 7.0))  # no further
+    return out[:, :M].clone()
 
 
 @pytest.mark.parametrize("dtype", gemm.PACKED, ids=str)
