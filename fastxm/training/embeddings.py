@@ -52,7 +52,9 @@ class Embeddings:
         rows = features.split(1024)
         self.image = torch.cat([encoder.embed_images(part).cpu() for part in rows])
         self.evidence = torch.cat([encoder.evidence(part).cpu() for part in rows])
-        self.centre = corpus(self.image) if corpus else self.image
+        self.centre = self.image
+        if corpus:  # a row for each text is wide
+            self.centre = torch.cat([corpus(part) for part in self.image.split(1024)])
         counts = np.array([len(captions) for captions in dataset.captions])
         if label_fraction > 0 and not counts.any():
             raise ValueError(
