@@ -54,6 +54,10 @@ class LAFITEConfig:
             the batch, as the released code has it.
         xi: length of the noise that makes a text embedding of a picture's: their cosine is
             1 / sqrt(1 + xi²), which for true pairs of CLIP is 0.3.
+        start: the 4 x 4 that pictures grow from, "constant" (the released code); "text" adds a
+            linear map of text and noise, so that texts have layouts of their own from the start.
+        text_lr: the share of Adam's step that the styles' layers of the text take, 0.01 in the
+            released code.
         text_scale: "raw" gives the generator's layers unit rows (the released code); "unit" rows of
             mean square 1, as the noise beside them has.
         noise: uniform on the "sphere" (the released code), or "gaussian".
@@ -71,6 +75,8 @@ class LAFITEConfig:
     channel_base: int = 32768
     channel_max: int = 512
     logit: str = "sample"
+    start: str = "constant"
+    text_lr: float = 0.01
     text_scale: str = "raw"
     xi: float = 3.0
     noise: str = "sphere"
@@ -88,8 +94,9 @@ class LAFITEConfig:
         for name in ("embedding", "z_dim", "w_dim", "mapping_layers", "channel_max", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
-        if not self.xi > 0:
-            raise ValueError(f"xi is above 0, not {self.xi}")
+        for name in ("xi", "text_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is above 0, not {getattr(self, name)}")
         if self.channel_base < self.image_size:
             raise ValueError(
                 f"channel_base is at least image_size, {self.image_size}, not {self.channel_base}"
@@ -99,6 +106,7 @@ class LAFITEConfig:
         """What each named option may be."""
         return {
             "logit": ("sample", "batch"),
+            "start": ("constant", "text"),
             "text_scale": SCALES,
             "noise": NOISES,
             "perturbation": ("fixed", "trained"),
@@ -124,13 +132,15 @@ class Style(nn.Module):
     """A layer's style from w and the text: linear in w and two layers' features of the text.
 
     Args:
-        text, w, c: widths of the text embedding, of w and of the style.
+        config: of the model.
+        c: width of the style.
     """
 
-    def __init__(self, text: int, w: int, c: int) -> None:
+    def __init__(self, config: LAFITEConfig, c: int) -> None:
         super().__init__()
+        text, w = config.condition, config.w_dim
         middle = (text + w) // 2
-        options: dict[str, Any] = {"activate": True, "lr_multiplier": 0.01}
+        options: dict[str, Any] = {"activate": True, "lr_multiplier": config.text_lr}
         self.text = nn.Sequential(
             EqualLinear(text, middle, **options), EqualLinear(middle, w, **options)
         )
@@ -157,7 +167,7 @@ class StyledConv(nn.Module):
         self, config: LAFITEConfig, c_in: int, c_out: int, size: int, *, up: bool = False
     ) -> None:
         super().__init__()
-        self.style = Style(config.condition, config.w_dim, c_in)
+        self.style = Style(config, c_in)
         self.conv = ModulatedConv2d(c_in, c_out, 3, up=up)
         self.register_buffer("grain", torch.randn(size, size))
         self.noise_strength = nn.Parameter(torch.zeros(()))
@@ -182,7 +192,7 @@ class ToRGB(nn.Module):
 
     def __init__(self, config: LAFITEConfig, c: int) -> None:
         super().__init__()
-        self.style = Style(config.condition, config.w_dim, c)
+        self.style = Style(config, c)
         self.conv = ModulatedConv2d(c, 3, 1, demodulate=False)
         self.bias = nn.Parameter(torch.zeros(3))
         self.gain = 1 / math.sqrt(c)
@@ -246,6 +256,9 @@ class Generator(nn.Module):
         self.mapping = Mapping(config)
         channels = config.channels
         self.const = nn.Parameter(torch.randn(channels[0], 4, 4))
+        self.start = None
+        if config.start == "text":
+            self.start = EqualLinear(config.condition + config.w_dim, channels[0] * 16)
         pairs = [(channels[0], channels[0]), *pairwise(channels)]
         self.blocks = nn.ModuleList(
             Block(config, *pair, size) for pair, size in zip(pairs, config.sizes)
@@ -263,6 +276,8 @@ class Generator(nn.Module):
         text = scaled(text, self.config.text_scale)
         x = self.const.expand(len(ws), *self.const.shape)
         rows, at, rgb = ws.unbind(1), 0, None
+        if self.start is not None:
+            x = x + self.start(torch.cat([text, rows[0]], 1)).view(x.shape)
         for block in self.blocks:
             x, rgb = block(x, rgb, rows[at:], text, noise)
             at += 1 if at == 0 else 2

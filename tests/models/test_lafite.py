@@ -8,7 +8,7 @@ from golden import hashes, waves
 from torch.autograd import gradgradcheck
 from torch.nn import functional as F
 
-from fastxm.models.lafite import Discriminator, Generator, LAFITEConfig, Mapping
+from fastxm.models.lafite import Discriminator, Generator, LAFITEConfig, Mapping, Style
 
 # the golden values come from running the released networks on the same patterns
 GOLDEN = {"rtol": 1e-4, "atol": 1e-5}
@@ -73,6 +73,47 @@ def test_parameter_counts():
     blocks = [sum(p.numel() for p in block.parameters()) for block in networks[1].blocks]
     blocks[0] += networks[1].const.numel()
     assert blocks == [4_469_764, *[7_871_493] * 4, 4_396_293, 2_543_749]
+
+
+def test_text_gives_the_start_a_layout():
+    generator = Generator(LAFITEConfig(**TINY, start="text"))
+    text = F.normalize(torch.randn(2, 5), dim=1)
+    w = torch.randn(2, 4)
+    ws = w[:, None].expand(-1, generator.num_ws, -1)
+    added = F.linear(torch.cat([text, w], 1), generator.start.weight / 3, generator.start.bias)
+    constant = Generator(LAFITEConfig(**TINY))
+    constant.load_state_dict(generator.state_dict(), strict=False)
+    for i in range(2):
+        start = generator.const + added[i].view(3, 4, 4)
+        constant.const.data = start.detach()
+        drawn = constant.synthesis(ws[i : i + 1], text[i : i + 1], noise="none")
+        expected = generator.synthesis(ws[i : i + 1], text[i : i + 1], noise="none")
+        torch.testing.assert_close(drawn, expected)
+
+
+def test_text_layers_learn_at_their_own_rate():
+    fast, slow = (Generator(LAFITEConfig(**TINY, text_lr=rate)) for rate in (0.5, 0.01))
+    slow.load_state_dict(fast.state_dict())
+    for module in slow.modules():
+        for layer in module.text if isinstance(module, Style) else ():
+            layer.weight.data *= 0.5 / 0.01  # so that it is the same when used
+    z, text = torch.randn(3, 4), F.normalize(torch.randn(3, 5), dim=1)
+    drawn = [network(z, text, noise="none") for network in (fast, slow)]
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-5)
+    steps = []
+    for network, picture in zip((fast, slow), drawn):
+        layer = network.blocks[0].conv.style.text[0]
+        before = layer.weight.detach() * layer.lr_multiplier
+        picture.square().sum().backward()
+        torch.optim.Adam(network.parameters(), 0.01).step()
+        steps.append((layer.weight.detach() * layer.lr_multiplier - before).abs().max())
+    torch.testing.assert_close(steps[0], 50 * steps[1], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [{"start": "noise"}, {"text_lr": 0.0}])
+def test_bad_options(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LAFITEConfig(**wrong)
 
 
 def test_texts_of_unit_mean_square():
