@@ -34,7 +34,7 @@ class Embeddings:
         labelled: [N], the pictures whose captions may be learnt from; more of a larger fraction.
 
     Raises:
-        ValueError: label_fraction is above 0 and no picture has a caption.
+        ValueError: label_fraction is above 0 and no picture has a caption, or none is labelled.
     """
 
     @torch.no_grad()
@@ -68,6 +68,10 @@ class Embeddings:
             self.text = embed_captions(dataset, encoder, progress=progress)
         drawn = np.array([share(id) for id in dataset.ids]) < label_fraction
         self.labelled = torch.from_numpy(drawn & (counts > 0))
+        if label_fraction > 0 and not self.labelled.any():
+            raise ValueError(
+                f"label_fraction {label_fraction} labels none of {len(counts)} pictures"
+            )
 
     def batch(self, indices: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """Of pictures [B] and their captions `numbers` [B]; text is zero where there is none."""
@@ -81,6 +85,16 @@ class Embeddings:
             "text": text,
             "labelled": self.labelled[indices],
         }
+
+    def pairs(self, count: int) -> dict[str, Tensor]:
+        """`count` labelled pictures drawn at random, each with one of its captions, as `batch`, and
+        index [count], which pictures they are.
+        """
+        known = self.labelled.nonzero().squeeze(1)
+        index = known[torch.randint(len(known), (count,))]
+        counts = self.starts[index + 1] - self.starts[index]
+        numbers = (torch.rand(count, dtype=torch.float64) * counts).long()
+        return {"index": index, **self.batch(index, numbers)}
 
 
 def embed_captions(dataset: CaptionedImages, encoder: Any, *, progress: bool = True) -> Tensor:

@@ -6,8 +6,10 @@
     refinement     stage 2b: q stays, LAFITE goes on with t ~ q, and t ~ p for a share of pictures
     joint          instead of 2a and 2b: both at once
 
-Pictures with captions that may be learnt from give, instead of a sample, their text, and the
-posterior and the prior there learn from -log q(t | x, z) and -log p(t | z).
+Pictures with captions that may be learnt from give, instead of a sample, their text, and posterior
+and prior learn of batches of such pairs: of -log q(t | x, z) and -log p(t | z), and of finding a
+picture's text among the batch's by a sample. The density alone would be content with the mean of
+all texts.
 """
 
 import math
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxm.models.vdl import VDL, VDLConfig
+from fastxm.ops import info_nce
 from fastxm.training import checkpoint
 from fastxm.training.embeddings import Batch
 from fastxm.training.gan import gradients
@@ -53,8 +56,13 @@ class VDLTraining(LAFITETraining):
     """Share of stage 2a in which beta rises from 0."""
     kl_target: float = 0.0
     """Nats a picture that beta is moved to hold; 0 keeps beta."""
-    supervision_weight: float = 1.0
+    supervision_weight: float = 4.0
     """alpha: of -log q and -log p of known texts, divided by the embedding's width."""
+    ranking_weight: float = 1.0
+    """Of telling known texts apart by samples of q and of p: InfoNCE at the encoder's
+    temperature."""
+    supervision_batch: int = 256
+    """Pictures with captions that posterior and prior learn from in a step."""
     prior_share: float = 0.5
     """Share of the pictures in stage 2b whose text is drawn from p."""
     drop_image: float = 0.3
@@ -62,13 +70,13 @@ class VDLTraining(LAFITETraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("adversarial_steps", "posterior_steps"):
+        for name in ("adversarial_steps", "posterior_steps", "supervision_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("kl_warmup", "prior_share", "drop_image"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is in [0, 1], not {getattr(self, name)}")
-        for name in ("kl_weight", "kl_target"):
+        for name in ("kl_weight", "kl_target", "supervision_weight", "ranking_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
 
@@ -200,15 +208,31 @@ class VDLRecipe(LAFITERecipe):
             beta *= min(1.0, progress / config.kl_warmup)
         loss = beta * mean / width
         metrics = {"kl": mean, "beta": torch.tensor(beta, device=self.device)}
-        if config.label_fraction and labelled.any():
-            known = batch["text"]
-            densities = {"q": q.log_density(known), "p": p.log_density(known)}
-            for name, density in densities.items():
-                metrics[f"log_{name}"] = density[labelled].mean()
-                loss = loss - config.supervision_weight * metrics[f"log_{name}"] / width
+        if config.label_fraction:
+            supervision, more = self.supervision()
+            loss, metrics = loss + supervision, metrics | more
         if config.kl_target:
             self.hold(mean.item())
         return loss, metrics
+
+    def supervision(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """What posterior and prior lose on known texts, and its parts."""
+        config = self.config
+        pairs = self.batches.embeddings.pairs(config.supervision_batch)
+        known = {name: rows.to(self.device) for name, rows in pairs.items()}
+        text, noise = known["text"], self.noise(config.supervision_batch)
+        loss, parts = text.new_zeros(()), {}
+        of_both = {"q": self.posterior(known), "p": self.model.prior(known["centre"])}
+        scale = 1 / self.encoder.temperature
+        for name, found in of_both.items():
+            parts[f"log_{name}"] = found.log_density(text).mean()
+            loss = loss - config.supervision_weight * parts[f"log_{name}"] / text.shape[1]
+            if config.ranking_weight:
+                sample = found.sample(noise)
+                rank = info_nce(sample, text, scale, labels=known["index"], symmetric=False)
+                parts[f"rank_{name}"] = rank
+                loss = loss + config.ranking_weight * rank
+        return loss, parts
 
     def hold(self, kl: float) -> None:
         """One step of dual ascent: beta grows while the KL is above its target."""

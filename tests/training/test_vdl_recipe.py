@@ -156,6 +156,57 @@ def test_supervision_turns_posterior_and_prior_to_the_captions(data, clip):
         assert found[-1][name] > found[0][name] + 0.5
 
 
+def test_ranking_tells_the_captions_apart(data, clip):
+    recipe, batch = built(
+        vdl(
+            data,
+            clip,
+            label_fraction=1.0,
+            adversarial_steps=1,
+            posterior_steps=60,
+            posterior_lr=1e-2,
+            supervision_weight=0.0,
+            ranking_weight=10.0,
+        )
+    )
+    recipe.step(batch)
+    found = [recipe.step(batch) for _ in range(60)]
+    assert found[-1]["rank_q"] < found[0]["rank_q"] - 0.2
+
+
+def test_the_ranking_is_cross_entropy_over_the_batch_s_texts(data, clip):
+    recipe, _ = built(vdl(data, clip, label_fraction=1.0, supervision_batch=5))
+    torch.manual_seed(3)
+    loss, parts = recipe.supervision()
+    torch.manual_seed(3)
+    pairs = recipe.batches.embeddings.pairs(5)
+    noise = draw_noise(5, 6)
+    for name, found in (
+        ("q", recipe.posterior(pairs)),
+        ("p", recipe.model.prior(pairs["embedding"])),
+    ):
+        logits = found.sample(noise) @ pairs["text"].T / recipe.encoder.temperature
+        same = pairs["index"][:, None] == pairs["index"]
+        own = torch.where(same, logits, -torch.inf).logsumexp(1)
+        torch.testing.assert_close(parts[f"rank_{name}"], (logits.logsumexp(1) - own).mean())
+        torch.testing.assert_close(parts[f"log_{name}"], found.log_density(pairs["text"]).mean())
+    expected = sum(parts[f"rank_{n}"] - 4 * parts[f"log_{n}"] / 6 for n in "qp")
+    torch.testing.assert_close(loss, expected)
+
+
+def test_pairs_are_of_labelled_pictures(data, clip):
+    recipe, _ = built(vdl(data, clip, label_fraction=0.5))
+    embeddings = recipe.batches.embeddings
+    assert 0 < embeddings.labelled.sum() < len(embeddings.labelled)
+    pairs = embeddings.pairs(64)
+    assert embeddings.labelled[pairs["index"]].all()
+    assert set(pairs["index"].tolist()) == set(embeddings.labelled.nonzero()[:, 0].tolist())
+    for index, text in zip(pairs["index"], pairs["text"]):
+        own = embeddings.text[embeddings.starts[index] : embeddings.starts[index + 1]]
+        assert (own == text).all(1).any()
+    assert torch.equal(pairs["embedding"], embeddings.image[pairs["index"]])
+
+
 def test_beta_rises_while_the_kl_is_above_its_target_and_resumes(data, clip):
     recipe, batch = built(vdl(data, clip, adversarial_steps=1, kl_target=2.0, kl_warmup=0.0))
     found = [recipe.hold(kl) or recipe.multiplier for kl in (4.0, 4.0, 1.0)]
@@ -246,6 +297,8 @@ def test_no_captions_at_all(data, clip, tmp_path):
     assert recipe.captions[0].startswith("picture ")
     with pytest.raises(ValueError, match=r"label_fraction is 0\.5, but bare has no captions"):
         vdl(bare, clip, label_fraction=0.5).build()
+    with pytest.raises(ValueError, match="label_fraction 1e-09 labels none of"):
+        vdl(data, clip, label_fraction=1e-9).build()
     with pytest.raises(ValueError, match="captioned pictures"):
         vdl(bare, "", encoder="").build()
 
