@@ -3,10 +3,10 @@
     python benchmarks/vdl_table.py --out runs/vdl-table [--steps 1500] [--only vdl-gaussian ...]
 
 Each row is a run of the preset cpu-demo in a directory of its own; rows that are done are read, and
-a run that was stopped goes on. Three fifths of the steps are VDL's stage 1, a fifth is 2a, a fifth
-2b. Rows that learn from no caption share stage 1, without a corpus or with one: `stage-1-...` is a
-run, with which LAFITE goes on. The corpus is the captions that the joint encoder was trained on,
-or `--corpus FILE`.
+a run that was stopped goes on. Of VDL without captions three fifths of the steps are stage 1, a
+fifth 2a, a fifth 2b; these rows share stage 1, without a corpus or with one: `stage-1-...` is a
+run, with which LAFITE goes on. With captions the posterior learns of them first, and all steps
+are 2b's. The corpus is the captions that the joint encoder was trained on, or `--corpus FILE`.
 
 EffLite0-FD is of pictures drawn of held-out captions, from training pictures of the generator's
 style; R@10 of finding their caption among 100, by a dual encoder that has seen both styles and
@@ -61,9 +61,16 @@ class Variant:
     more: int = 0
 
 
+def of_captions(fraction: float) -> Variant:
+    """VDL whose posterior learns of captions alone, before the networks do; nothing is drawn."""
+    posterior = {"adversarial_steps": 0, "posterior_steps": 200}
+    weights = {"reconstruction_weight": 0.0, "alignment_weight": 0.0}
+    return Variant("vdl", {"label_fraction": fraction, **posterior, **weights}, more=200)
+
+
 VARIANTS = {
     "lafite-fixed": Variant("lafite", begins="lafite-fixed"),
-    # its perturbation has no picture to draw: such a step takes no time
+    # its perturbation draws no picture: such a step takes no time
     "lafite-trained": Variant(
         "lafite", {"perturbation_steps": 500}, {"perturbation": "trained"}, more=500
     ),
@@ -72,9 +79,9 @@ VARIANTS = {
     "vdl-vmf": Variant("vdl", {}, {"family": "vmf"}, begins="lafite-fixed"),
     "vdl-without-evidence": Variant("vdl", {}, {"evidence": "none"}, begins="lafite-fixed"),
     "vdl-corpus": Variant("vdl", begins="lafite-corpus", corpus=True),
-    "vdl-1-percent": Variant("vdl", {"label_fraction": 0.01}),
-    "vdl-10-percent": Variant("vdl", {"label_fraction": 0.1}),
-    "vdl-50-percent": Variant("vdl", {"label_fraction": 0.5}),
+    "vdl-1-percent": of_captions(0.01),
+    "vdl-10-percent": of_captions(0.1),
+    "vdl-50-percent": of_captions(0.5),
     "supervised": Variant("lafite", {"label_fraction": 1.0}),
 }
 
@@ -103,7 +110,8 @@ def recipe(variant: Variant, budget: Budget) -> Any:
     asked = {**budget.training, **variant.training, "corpus": budget.corpus * variant.corpus}
     steps = budget.steps + variant.more
     if variant.system == "vdl":
-        asked |= {"adversarial_steps": budget.stage1, "posterior_steps": max(1, steps // 5)}
+        stages = {"adversarial_steps": budget.stage1, "posterior_steps": max(1, steps // 5)}
+        asked = {**stages, **asked}
         if variant.begins:
             asked["stage1"] = str(first_stage(variant.begins, budget))
             steps -= budget.stage1

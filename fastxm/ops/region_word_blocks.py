@@ -2,7 +2,7 @@
 on a CPU by C++, on a GPU by CUDA.
 
 What is made of a picture are [K, R] blocks over the K words of all texts. With the rows r of a
-picture, s = w rᵀ, alpha = softmax(s) and the contexts c = alpha r, or these where c is not made:
+picture, s = w rᵀ, alpha = softmax(s) and the contexts c = alpha r. Where c itself is not made:
 
     <w, c> = sum_r alpha s        |c|^2 = sum_r alpha h,    h = c rᵀ = alpha (r rᵀ)
 """

@@ -31,10 +31,11 @@ class Embeddings:
         image: [N, D], of the pictures, unit rows. evidence: [N, E], what the encoder saw.
         centre: [N, D], where the pictures' texts are looked for, unit rows.
         text: [sum of captions, D], unit rows; starts: [N + 1], where each picture's begin.
-        labelled: [N], the pictures whose captions may be learnt from; more of a larger fraction.
+        labelled: [N], the pictures whose captions may be learnt from: one at least of a fraction
+            above 0, and more of a larger one.
 
     Raises:
-        ValueError: label_fraction is above 0 and no picture has a caption, or none is labelled.
+        ValueError: label_fraction is above 0 and no picture has a caption.
     """
 
     @torch.no_grad()
@@ -66,12 +67,9 @@ class Embeddings:
         self.text = self.image.new_zeros(0, self.image.shape[1])
         if counts.any():
             self.text = embed_captions(dataset, encoder, progress=progress)
-        drawn = np.array([share(id) for id in dataset.ids]) < label_fraction
-        self.labelled = torch.from_numpy(drawn & (counts > 0))
-        if label_fraction > 0 and not self.labelled.any():
-            raise ValueError(
-                f"label_fraction {label_fraction} labels none of {len(counts)} pictures"
-            )
+        shares = np.where(counts > 0, [share(id) for id in dataset.ids], np.inf)
+        least = shares.min() if label_fraction > 0 else -1.0  # one picture at least
+        self.labelled = torch.from_numpy((shares < label_fraction) | (shares <= least))
 
     def batch(self, indices: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """Of pictures [B] and their captions `numbers` [B]; text is zero where there is none."""

@@ -41,13 +41,14 @@ class VDLTraining(LAFITETraining):
     stage1: str = ""
     """A run of `train lafite` or `train vdl` whose last checkpoint stands in for stage 1."""
     adversarial_steps: int = 20_000
-    """Steps of stage 1, where no run stands in for it."""
+    """Steps of stage 1, where no run stands in for it; 0 where captions alone are to teach q."""
     posterior_steps: int = 5000
     """Steps of stage 2a; stage 2b lasts to the end."""
     posterior_lr: float = 1e-3
     """Adam's step of the posterior; it falls to a tenth in stage 2a."""
     reconstruction_weight: float = 1.0
-    """kx: that the drawn picture has the picture's embedding."""
+    """kx: that the drawn picture has the picture's embedding; without kx and lc nothing is drawn in
+    stage 2a."""
     alignment_weight: float = 1.0
     """lc: that the drawn picture matches the sampled text."""
     kl_weight: float = 0.1
@@ -70,9 +71,10 @@ class VDLTraining(LAFITETraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("adversarial_steps", "posterior_steps", "supervision_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        least = {"adversarial_steps": 0, "posterior_steps": 1, "supervision_batch": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
         for name in ("kl_warmup", "prior_share", "drop_image"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is in [0, 1], not {getattr(self, name)}")
@@ -156,8 +158,17 @@ class VDLRecipe(LAFITERecipe):
         progress = done / self.config.posterior_steps
         for group in self.players["posterior"].optimizer.param_groups:
             group["lr"] = self.config.posterior_lr * 0.1**progress
-        noise = self.noise(len(batch["image"]))
         q = self.posterior(batch)
+        loss, parts = self.posterior_loss(batch, q, progress)
+        if self.config.reconstruction_weight or self.config.alignment_weight:
+            own, more = self.reconstruction(batch, q)
+            loss, parts = loss + own, {**more, **parts}
+        self.apply("posterior", loss)
+        return {"loss_q": loss, **parts}
+
+    def reconstruction(self, batch: Batch, q: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is lost of pictures and texts when a sample of q is drawn, and its parts."""
+        noise = self.noise(len(batch["image"]))
         text = self.with_captions(batch, q.sample(noise), noise)
         with autocast(self.config.precision, self.device):
             fake = self.draw_pictures(self.condition(batch, text))
@@ -165,10 +176,7 @@ class VDLRecipe(LAFITERecipe):
         drawn = 1 - (seen * batch["embedding"]).sum(1)
         parts = {"q_picture": drawn.mean(), "q_text": self.contrast(seen, text)}
         loss = self.config.reconstruction_weight * parts["q_picture"]
-        loss = loss + self.config.alignment_weight * parts["q_text"]
-        own, more = self.posterior_loss(batch, q, progress)
-        self.apply("posterior", loss + own)
-        return {"loss_q": loss + own, **parts, **more}
+        return loss + self.config.alignment_weight * parts["q_text"], parts
 
     def refinement_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
         """Stage 2b: a step of LAFITE on samples of the posterior."""
