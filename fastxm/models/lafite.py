@@ -54,8 +54,6 @@ class LAFITEConfig:
             the batch, as the released code has it.
         xi: length of the noise that makes a text embedding of a picture's: their cosine is
             1 / sqrt(1 + xi²), which for true pairs of CLIP is 0.3.
-        start: the 4 x 4 that pictures grow from, "constant" (the released code); "text" adds a
-            linear map of text and noise, so that texts have layouts of their own from the start.
         text_lr: the share of Adam's step that the styles' layers of the text take, 0.01 in the
             released code.
         text_scale: "raw" gives the generator's layers unit rows (the released code); "unit" rows of
@@ -75,7 +73,6 @@ class LAFITEConfig:
     channel_base: int = 32768
     channel_max: int = 512
     logit: str = "sample"
-    start: str = "constant"
     text_lr: float = 0.01
     text_scale: str = "raw"
     xi: float = 3.0
@@ -106,7 +103,6 @@ class LAFITEConfig:
         """What each named option may be."""
         return {
             "logit": ("sample", "batch"),
-            "start": ("constant", "text"),
             "text_scale": SCALES,
             "noise": NOISES,
             "perturbation": ("fixed", "trained"),
@@ -256,9 +252,6 @@ class Generator(nn.Module):
         self.mapping = Mapping(config)
         channels = config.channels
         self.const = nn.Parameter(torch.randn(channels[0], 4, 4))
-        self.start = None
-        if config.start == "text":
-            self.start = EqualLinear(config.condition + config.w_dim, channels[0] * 16)
         pairs = [(channels[0], channels[0]), *pairwise(channels)]
         self.blocks = nn.ModuleList(
             Block(config, *pair, size) for pair, size in zip(pairs, config.sizes)
@@ -276,8 +269,6 @@ class Generator(nn.Module):
         text = scaled(text, self.config.text_scale)
         x = self.const.expand(len(ws), *self.const.shape)
         rows, at, rgb = ws.unbind(1), 0, None
-        if self.start is not None:
-            x = x + self.start(torch.cat([text, rows[0]], 1)).view(x.shape)
         for block in self.blocks:
             x, rgb = block(x, rgb, rows[at:], text, noise)
             at += 1 if at == 0 else 2
