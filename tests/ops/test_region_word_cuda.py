@@ -23,7 +23,7 @@ class Emulated:
         texts, place = [at, size, size, size], [at, size]  # starts and sizes; address and stride
         types = {
             "attention": [flag, at, at, at, *texts, size, number, flag, at],
-            "pool": [flag, at, at, size, at, at, at, *texts, number, *place, at],
+            "pool": [flag, at, at, size, *[at] * 4, *texts, number, *place, at],
             "bwd": [flag, *[at] * 8, *texts, size, number, number, flag, *place, at, at],
         }
         for name, arguments in types.items():
