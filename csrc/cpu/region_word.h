@@ -17,9 +17,9 @@ void region_word_attention_cpu(bool float64, std::uintptr_t s, std::uintptr_t al
                                double sharp, bool word_softmax, int threads);
 
 // a, b [P, K, n]: rows whose products are the squared norms of the contexts, written to square
-// [P, K]; dots [P, K]; word_rnorm (1 / |w|) [K]. Where a are the contexts and w [K, n] the words,
-// dots are written too, of contexts that are rounded as those of |c|^2 are; else w is 0. Unless it
-// is 0, writes scores [texts, P], `stride` from text to text.
+// [P, K]; word_rnorm (1 / |w|) [K]. Where a are the contexts and w [K, n] the words, writes dots
+// [P, K] too, of the very contexts that |c|^2 is of; where w is 0, dots are attention's. Unless
+// scores is 0, writes scores [texts, P], `stride` from text to text.
 void region_word_pool_cpu(bool float64, std::uintptr_t a, std::uintptr_t b, std::int64_t n,
                           std::uintptr_t w, std::uintptr_t dots, std::uintptr_t word_rnorm,
                           std::uintptr_t square, std::uintptr_t starts, std::int64_t texts,

@@ -89,8 +89,10 @@ def each_draw(f):
 
 
 def draws(*args):
-    count = DRAWS * max(1, 6000 // math.prod(args[:3]))  # the rarely ill-conditioned one among them
-    return [torch.stack(group) for group in zip(*(inputs(*args) for _ in range(min(count, 100))))]
+    B_image, R, D = args[:3]
+    # the formula's largest error is of the rare contexts that are short: small draws have few
+    count = min(100, max(DRAWS, 70_000 // (B_image * R * D)))
+    return [torch.stack(group) for group in zip(*(inputs(*args) for _ in range(count)))]
 
 
 def both(form, wrap=lambda f: f):
