@@ -29,7 +29,7 @@ from timing import repeats, sample
 from torch import Tensor
 
 from fastxm.ops import backend
-from fastxm.ops.dispatch import BACKENDS, missing
+from fastxm.ops.dispatch import BACKENDS, build_info, missing
 
 ROOT = Path(__file__).parent.parent
 LEAST = 3  # samples of a slow call
@@ -315,13 +315,15 @@ def table(title: str, rows: list[dict], columns: dict[str, str] = COLUMNS) -> st
 
 
 def chip(device: str) -> str:
+    """The name of what computes; of a CPU with the instruction set that its kernels use."""
     if device == "cuda":
         return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+                name = line.split(":", 1)[1].strip()
+    return f"{name}, {build_info()['cpu']}"
 
 
 def commit() -> str:
@@ -346,7 +348,7 @@ def environment(device: str) -> dict:
 
 
 def machine(env: dict) -> str:
-    """The folder of a machine's results: nvidia-h200, intel-xeon-platinum-8481c-2-threads."""
+    """The folder of a machine's results: nvidia-h200, intel-xeon-avx512-2-threads."""
     name = env["chip"] if env["device"] == "cuda" else f"{env['chip']} {env['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", name.lower())).strip("-")
 

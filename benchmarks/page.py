@@ -1,9 +1,9 @@
 """Writes the measured part of docs/contrastive.md, and draws docs/contrastive.png:
 
-python benchmarks/page.py benchmarks/results/<machine> [--page docs/contrastive.md]
+python benchmarks/page.py benchmarks/results/<machine> [<another> ..] [--page docs/contrastive.md]
 
 What stands between the marks <!-- measured --> and <!-- end --> is replaced by tables of the files
-info_nce.json and region_word.json there.
+info_nce.json and region_word.json there; the picture is of the first machine.
 """
 
 import argparse
@@ -134,18 +134,23 @@ def section(result: dict) -> list[str]:
     return parts
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("folder", type=Path, help="results of the benchmarks")
-    flags.add_argument("--page", type=Path, default=ROOT / "docs" / "contrastive.md")
-    args = flags.parse_args(argv)
-    names = ("info_nce", "region_word")
-    results = {name: json.loads((args.folder / f"{name}.json").read_text()) for name in names}
-    first = results["info_nce"]
+def of_machine(results: list[dict]) -> list[str]:
+    first = results[0]
     where = f"{first['chip']}, {first['threads']} threads, PyTorch {first['torch']}"
     parts = [f"On {where}, fastxm {first['commit']}."]
-    for result in results.values():
-        parts += section(result)
+    return parts + [part for result in results for part in section(result)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("folders", type=Path, nargs="+", help="results of the benchmarks")
+    flags.add_argument("--page", type=Path, default=ROOT / "docs" / "contrastive.md")
+    args = flags.parse_args(argv)
+    machines = [
+        [json.loads((folder / f"{op}.json").read_text()) for op in ("info_nce", "region_word")]
+        for folder in args.folders
+    ]
+    first, parts = machines[0][0], [part for results in machines for part in of_machine(results)]
     text = args.page.read_text()
     if text.count(MARKS[0]) != 1 or MARKS[1] not in text.split(MARKS[0])[1]:
         raise SystemExit(f"{args.page} has no place for the tables: {MARKS[0]} and {MARKS[1]}")

@@ -67,15 +67,16 @@ void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::i
               std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride,
               bool add = false);
 
-constexpr std::int64_t kTileRows = 6;  // of a register tile: 24 accumulators of 16 floats
-constexpr std::int64_t kPart = 240;    // most rows of a part
+constexpr int kTileRows = 6;         // of a register tile
+constexpr std::int64_t kPart = 240;  // most rows of a part
 
 // f(first row, rows, first column, columns) for the parts of a product, of a panel's columns each
 // and of about one height, since each thread takes as many of them as any other
 template <class F>
 void for_each_part(std::int64_t rows, std::int64_t columns, int threads, F f) {
   const std::int64_t parts = std::max<std::int64_t>(1, round_up(rows, kPart) / kPart);
-  const std::int64_t step = std::max(kTileRows, round_up((rows + parts - 1) / parts, kTileRows));
+  const std::int64_t step =
+      std::max<std::int64_t>(kTileRows, round_up((rows + parts - 1) / parts, kTileRows));
 #pragma omp parallel for collapse(2) num_threads(threads)
   for (std::int64_t i = 0; i < rows; i += step)
     for (std::int64_t j = 0; j < columns; j += kPanel)
