@@ -45,9 +45,9 @@ def by_name(table):
     return pytest.mark.parametrize("kernel", table.values(), ids=table.keys())
 
 
-def samples(n, m, d, device="cpu", dtype=torch.float32):
+def samples(n, m, d, device="cpu", dtype=torch.float32, problems=None):
     """Several problems [P, N, D] and [P, M, D]: their largest error is no accident of one."""
-    problems = 16 if n < 100 else 3
+    problems = problems or (16 if n < 100 else 3)
     x, y = torch.randn(problems, n, d), torch.randn(problems, m, d) * 1.2 + 0.5
     return x.to(device, dtype), y.to(device, dtype)
 
@@ -297,7 +297,8 @@ def triton_device(monkeypatch):
 @by_name(KERNELS)
 @pytest.mark.parametrize("shape", [(5, 7, 3), (33, 70, 65), (130, 97, 17)])
 def test_triton(kernel, shape, triton_device):
-    given = [t[:3] for t in samples(*shape, triton_device)]
+    # of a few pairs the largest error is that of the two that lie nearest to each other
+    given = [t[: 16 if shape[0] < 10 else 3] for t in samples(*shape, triton_device)]
     no_worse(ours(kernel, "biased"), formula(kernel, "biased"), *given)
     no_worse(gradient(ours(kernel, "unbiased")), gradient(formula(kernel, "unbiased")), *given)
     u_statistic = ours(kernel, "u_statistic")
@@ -424,7 +425,7 @@ def small_blocks(monkeypatch):
 @by_name(KERNELS)
 @pytest.mark.parametrize("name", ["chosen", "reference"])
 def test_variance_by_blocks(kernel, name, device, small_blocks):
-    x, y = (t[..., :3] for t in samples(70, 70, 5, device, torch.float64))
+    x, y = (t[..., :3] for t in samples(70, 70, 5, device, torch.float64, problems=64))
 
     def ours(x, y):
         return torch.stack([mmd2_and_variance(u, v, kernel)[1] for u, v in zip(x, y)])
