@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from fastxm.models.text_to_image import TextToImage
 from fastxm.nn import take_statistics
 from fastxm.training.batches import CaptionedBatches
 from fastxm.training.ema import EMA
-from fastxm.training.precision import Precision, autocast, check_precision, pick_device
+from fastxm.training.precision import Precision, autocast, pick_device, pick_precision
 from fastxm.training.recipe import Player, Recipe, Samples, State
 from fastxm.training.trainer import LoopConfig
 
@@ -52,8 +52,8 @@ class GANTraining:
     """Of real and generated pictures: any of color,translation,cutout."""
     flip: bool = False
     """Mirror half of the real pictures."""
-    precision: Precision = "bf16"
-    """Arithmetic of convolutions and matrix products."""
+    precision: Precision = "auto"
+    """Arithmetic of convolutions and matrix products; auto is bf16 where the device has it."""
     compile: bool = False
     """torch.compile the generator and each discriminator."""
     device: str = "auto"
@@ -89,10 +89,10 @@ class GANRecipe(Recipe):
     unbound: tuple[str, ...] = ("loop", "device", "compile")
 
     def __init__(self, config: Any):
-        self.config = config
-        self.images_per_step = config.batch_size
         self.device = pick_device(config.device)
-        check_precision(config.precision, self.device)
+        precision = pick_precision(config.precision, self.device)
+        self.config = replace(config, precision=precision)
+        self.images_per_step = config.batch_size
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
@@ -177,7 +177,9 @@ class GANRecipe(Recipe):
             z = torch.randn(len(indices), self.model.noise_width, generator=source)
             batch = features.batch(features.row(indices, numbers))
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            yield (z.to(self.device), *self.text(batch))
+            with autocast("fp32", self.device):  # as in a step, wherever this is drawn from
+                text = self.text(batch)
+            yield (z.to(self.device), *text)
 
     @torch.no_grad()
     def draw(self) -> list[Any]:

@@ -9,7 +9,7 @@ smallest size ties a picture to what is drawn of it, unless w_pixel is above 0 (
 of Das & Saha, arXiv:2112.04928; a variant in its history has w_pixel = 25).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from fastxm.encoders import image_encoder
 from fastxm.models.image_autoencoder import ImageAutoencoder, ImageAutoencoderConfig
 from fastxm.nn.stackgan import JointDiscriminator, orthogonal_
 from fastxm.training.ema import EMA
-from fastxm.training.precision import autocast, check_precision, pick_device, seed_all
+from fastxm.training.precision import autocast, pick_device, pick_precision, seed_all
 from fastxm.training.recipe import Player, Recipe, Samples, State
 from fastxm.training.trainer import LoopConfig
 
@@ -56,7 +56,7 @@ class ImageTraining:
     """Weight of the discriminators' judgement; 0 trains none."""
     ema_decay: float = 0.999
     """Decay of the moving average that is kept."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of convolutions and matrix products."""
 
     def __post_init__(self) -> None:
@@ -91,9 +91,10 @@ class ImageRecipe(Recipe):
     def __init__(
         self, config: ImageTraining, data: str, device: str, seed: int, samples: int = 16
     ) -> None:
-        self.config, self.data, self.seed, self.samples = config, data, seed, samples
+        self.data, self.seed, self.samples = data, seed, samples
         self.device = pick_device(device)
-        check_precision(config.precision, self.device)
+        precision: Any = pick_precision(config.precision, self.device)  # one that it may have
+        self.config = replace(config, precision=precision)
         self.images_per_step = config.batch_size
 
     def identity(self) -> dict[str, object]:

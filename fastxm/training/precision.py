@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch.utils import deterministic
 
-Precision = Literal["bf16", "fp16", "fp32"]
+from fastxm.ops.gemm import LEVEL
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -30,10 +32,24 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def check_precision(precision: Precision, device: torch.device) -> None:
-    """Raises ValueError where the device cannot compute in this precision."""
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16; emulated it takes ten times as long."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return LEVEL == "bfloat16"
+
+
+def pick_precision(precision: Precision, device: torch.device) -> Precision:
+    """The precision that a training on the device has; "auto" is bf16 where there is, else fp32.
+
+    Raises:
+        ValueError: it is bf16, and the GPU has none.
+    """
+    if precision == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16: use --precision fp16")
+    return precision
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:

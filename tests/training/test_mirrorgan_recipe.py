@@ -201,6 +201,19 @@ def test_a_step_moves_every_player_and_no_frozen_network(folder, stages, fields)
     assert sheet.shape == (3, 3, 64, 3 * 64)
 
 
+def test_texts_are_read_in_float32_whoever_asks(folder, stages, monkeypatch):
+    # a CPU may have no LSTM of bfloat16
+    ours = recipe(folder, stages, precision="bf16", ema_statistics="own")
+    ours.build()
+    read, low = ours.text, []
+    watched = lambda batch: low.append(torch.is_autocast_enabled("cpu")) or read(batch)  # noqa: E731
+    monkeypatch.setattr(ours, "text", watched)
+    ours.step(next(iter(ours.batches)))
+    ours.sample()
+    assert len(low) > 1
+    assert not any(low)
+
+
 def test_compiled_without_a_graph_break_it_computes_the_same(folder, stages, monkeypatch):
     plain, compiled = recipe(folder, stages), recipe(folder, stages, compile=True)
     quick = functools.partial(torch.compile, backend="aot_eager")

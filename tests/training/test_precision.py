@@ -1,0 +1,42 @@
+"""Which precision a training has where none is asked for."""
+
+import dataclasses
+
+import pytest
+import torch
+from small import recipe
+
+from fastxm.training import config, precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("level", "picked"), [("bfloat16", "bf16"), ("float32", "fp32"), ("", "fp32")]
+)
+def test_auto_is_what_the_processor_multiplies(monkeypatch, level, picked):
+    monkeypatch.setattr(precision, "LEVEL", level)
+    assert precision.pick_precision("auto", CPU) == picked
+    assert [precision.pick_precision(p, CPU) for p in ("bf16", "fp32")] == ["bf16", "fp32"]
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_auto_on_a_gpu(monkeypatch, has):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert precision.pick_precision("auto", gpu) == ("bf16" if has else "fp32")
+    if not has:
+        with pytest.raises(ValueError, match="Tesla T4 has no bf16"):
+            precision.pick_precision("bf16", gpu)
+
+
+def test_a_run_remembers_what_was_picked(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "LEVEL", "bfloat16")
+    ours = recipe(tmp_path, precision="auto")
+    config.write(tmp_path / "config.yaml", ours.system, ours.config)
+    kept = config.read(tmp_path / "config.yaml", ours.system)
+    assert kept["precision"] == "bf16"
+    monkeypatch.setattr(precision, "LEVEL", "float32")  # resumed elsewhere
+    again = config.construct(type(ours.config), kept, "config.yaml")
+    assert type(ours)(dataclasses.replace(again, device="cpu")).config.precision == "bf16"
