@@ -61,7 +61,9 @@ def built() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Processor, GPU and the versions that matter."""
+    """Processor, GPU, the versions that matter, and the precision of trainings there."""
+    from fastxm.training.precision import pick_device, pick_precision
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     if found := version("triton"):
@@ -72,6 +74,7 @@ def machine() -> dict[str, str]:
         "cores": f"{available_cores()} ({torch.get_num_threads()} threads used by torch)",
         "GPU": ", ".join(gpus) or "none",
         "nvcc": nvcc(),
+        "precision auto": pick_precision("auto", pick_device("auto")),
         "versions": ", ".join(versions),
     }
 
