@@ -73,7 +73,7 @@ def inputs(B_image, R, D, B_text, T, device, dtype=torch.float32):
     return regions.to(dtype), words.to(device, dtype), lengths.to(device)
 
 
-DRAWS = 12
+DRAWS = 36
 
 
 def each_draw(f):
