@@ -72,7 +72,7 @@ class LAFITEConfig:
             EfficientNet-Lite0, on its four coarsest maps of 4 x 4 places or more.
         image_encoder_size: side of the pictures that it sees, a power of two from 64 on.
         head_width: channels of the finest head; each coarser one has twice as many.
-        mix_scales: mix what coarser maps say into finer ones.
+        picture_width: channels of one more head, on the picture itself; 0 for none.
     """
 
     image_encoder: ClassVar[str] = "efficientnet-lite0"
@@ -96,7 +96,7 @@ class LAFITEConfig:
     discriminator: str = "stylegan2"
     image_encoder_size: int = 64
     head_width: int = 24
-    mix_scales: bool = True
+    picture_width: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("image_size", 8), ("image_encoder_size", 64)):
@@ -106,9 +106,9 @@ class LAFITEConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)!r}")
         counts = ("embedding", "z_dim", "w_dim", "mapping_layers", "channel_max", "hidden")
-        for name in (*counts, "head_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        for name in (*counts, "head_width", "picture_width"):
+            if getattr(self, name) < (least := name != "picture_width"):
+                raise ValueError(f"{name} is at least {int(least)}, not {getattr(self, name)}")
         for name in ("xi", "text_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, not {getattr(self, name)}")
@@ -386,13 +386,14 @@ class ProjectedDiscriminator(Looks):
         self.used = sum(side >= 4 for side in sides)
         channels, sizes = (x[: self.used][-4:] for x in (EfficientNetLite0.channels, sides))
         widths = config.head_width, config.condition
-        self.heads = ProjectedHeads(channels, sizes, *widths, scales=config.mix_scales)
+        picture = config.image_size, config.picture_width
+        self.heads = ProjectedHeads(channels, sizes, *widths, picture=picture)
 
     def forward(self, images: Tensor, text: Tensor) -> DiscriminatorOutput:
         """Judges pictures [B, 3, S, S], nominally in [-1, 1], beside texts [B, condition]."""
         maps = self.image_encoder.features(images / 2 + 0.5, self.used)[-4:]
-        spreads = SPREADS[: self.used][-4:]
-        realness, semantic = self.heads([x / spread for x, spread in zip(maps, spreads)])
+        maps = [x / spread for x, spread in zip(maps, SPREADS[: self.used][-4:])]
+        realness, semantic = self.heads(maps, images)
         with torch.autocast(images.device.type, enabled=False):
             matched = (semantic * text.to(semantic.dtype)[:, None]).sum(2)
             if self.config.logit == "batch":

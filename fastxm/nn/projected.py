@@ -28,22 +28,20 @@ HALF = math.sqrt(0.5)
 class Mixing(nn.Module):
     """Fixed random projections of feature maps: no parameters, their kernels are buffers.
 
+    To each map what the next coarser one gave is added, doubled in size, and both are mixed again.
+
     Args:
         channels: of the maps, the finest first.
         widths: channels of each after mixing.
-        scales: add what the next coarser map gave, doubled in size, and mix again.
     """
 
-    def __init__(
-        self, channels: Sequence[int], widths: Sequence[int], *, scales: bool = True
-    ) -> None:
+    def __init__(self, channels: Sequence[int], widths: Sequence[int]) -> None:
         super().__init__()
-        self.scales = scales
+        self.last = len(widths) - 1
         for i, (c, width) in enumerate(zip(channels, widths, strict=True)):
             self.keep(f"channels{i}", width, c, 1)
-            if scales:
-                self.keep(f"mixed{i}", width, width, 3)
-        for i, (fine, coarse) in enumerate(pairwise(widths) if scales else ()):
+            self.keep(f"mixed{i}", width, width, 3)
+        for i, (fine, coarse) in enumerate(pairwise(widths)):
             self.keep(f"coarser{i}", fine, coarse, 1)
 
     def keep(self, name: str, c_out: int, c_in: int, side: int) -> None:
@@ -56,12 +54,10 @@ class Mixing(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """[B, channels[i], S_i, S_i], each half as wide as the last -> [B, widths[i], S_i, S_i]."""
-        mixed = [self.convolve(x, f"channels{i}") for i, x in enumerate(maps)]
-        if not self.scales:
-            return mixed
-        last = len(mixed) - 1
-        for i in range(last, -1, -1):
-            if i < last:
+        places = range(self.last + 1)
+        mixed = [self.convolve(x, f"channels{i}") for i, x in zip(places, maps, strict=True)]
+        for i in reversed(places):
+            if i < self.last:
                 coarser = self.convolve(mixed[i + 1], f"coarser{i}")
                 up = F.interpolate(coarser, scale_factor=2.0, mode="bilinear")
                 mixed[i] = (mixed[i] + up) * HALF
@@ -101,6 +97,25 @@ class Head(nn.Module):
             return self.realness(hidden).squeeze(1), self.semantic(mean)
 
 
+class PictureHead(nn.Module):
+    """A head on the picture itself: a frozen network hardly minds the tone of a ground.
+
+    Args:
+        size: side of the pictures, a power of two from 8 on.
+        width: channels.
+        text: width of the text.
+    """
+
+    def __init__(self, size: int, width: int, text: int) -> None:
+        super().__init__()
+        self.first = SpectralConv2d(3, width, 3, down=True)
+        self.head = Head(size // 2, width, text)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, size, size] -> f_d [B] and f_s [B, text]."""
+        return self.head(F.leaky_relu(self.first(images), SLOPE))
+
+
 class ProjectedHeads(nn.Module):
     """Mixed maps and their heads, each twice as wide as that of the next finer map.
 
@@ -109,7 +124,7 @@ class ProjectedHeads(nn.Module):
         sizes: their sides, each half of the last, at least 4.
         width: of the finest map, mixed, and of its head.
         text: width of the text.
-        scales: mix scales too.
+        picture: side of the pictures and channels of one more head, on them; of 0 channels none.
 
     Raises:
         ValueError: the sizes are not so, or not as many as the channels.
@@ -122,17 +137,24 @@ class ProjectedHeads(nn.Module):
         width: int,
         text: int,
         *,
-        scales: bool = True,
+        picture: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         if min(sizes) < 4 or any(fine != 2 * coarse for fine, coarse in pairwise(sizes)):
             raise ValueError(f"each map is half as wide as the last, at least 4, not {sizes}")
         widths = [width << i for i in range(len(sizes))]
-        self.mixing = Mixing(channels, widths, scales=scales)
+        self.mixing = Mixing(channels, widths)
         self.heads = nn.ModuleList(Head(*pair, text) for pair in zip(sizes, widths))
+        self.picture = PictureHead(*picture, text) if picture[1] else None
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """[B, channels[i], sizes[i], sizes[i]] -> f_d [B, heads] and f_s [B, heads, text]."""
+    def forward(self, maps: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, channels[i], sizes[i], sizes[i]] and the pictures that they are of, [B, 3, S, S].
+
+        Returns:
+            f_d [B, heads] and f_s [B, heads, text].
+        """
         judged = [head(x) for head, x in zip(self.heads, self.mixing(maps), strict=True)]
+        if self.picture is not None:
+            judged.append(self.picture(images))
         realness, semantic = zip(*judged)
         return torch.stack(realness, 1), torch.stack(semantic, 1)

@@ -191,7 +191,7 @@ def test_bad_configurations(fields, message):
         LAFITEConfig(**{**TINY, **fields})
 
 
-PROJECTED = {**TINY, "discriminator": "projected", "head_width": 2}
+PROJECTED = {**TINY, "discriminator": "projected", "head_width": 2, "picture_width": 2}
 
 
 @pytest.fixture(scope="module")
@@ -200,10 +200,10 @@ def projected():
     return ProjectedDiscriminator(LAFITEConfig(**PROJECTED))
 
 
-def test_the_projected_discriminator_judges_at_four_scales(projected):
+def test_the_projected_discriminator_judges_at_four_scales_and_the_picture(projected):
     images, text = torch.rand(3, 3, 8, 8) * 2 - 1, F.normalize(torch.randn(3, 5), dim=1)
     judged = projected(images, text)
-    assert judged.logits.shape == judged.realness.shape == (3, 4)
+    assert judged.logits.shape == judged.realness.shape == (3, 5)
     assert judged.semantic.shape == (3, 5)
     # the mean over heads of the text's part is the text's product with the mean feature
     matched = (judged.logits - judged.realness).mean(1)
@@ -252,7 +252,7 @@ def test_the_batch_s_logit_of_a_projected_discriminator(projected):
     images, text = torch.rand(3, 3, 8, 8), torch.randn(3, 5)
     ours, theirs = (network.eval()(images, text) for network in (projected, batch))
     own = ours.logits - ours.realness
-    whole = own.sum(0).expand(3, 4)
+    whole = own.sum(0).expand(3, 5)
     torch.testing.assert_close(theirs.logits - theirs.realness, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -263,6 +263,7 @@ def test_the_batch_s_logit_of_a_projected_discriminator(projected):
         ({"image_encoder_size": 96}, "image_encoder_size is a power of two from 64 on"),
         ({"image_encoder_size": 32}, "image_encoder_size is a power of two from 64 on"),
         ({"head_width": 0}, "head_width is at least 1"),
+        ({"picture_width": -1}, "picture_width is at least 0"),
     ],
 )
 def test_bad_projected_configurations(fields, message):

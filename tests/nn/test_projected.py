@@ -4,23 +4,30 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastxm.nn.projected import Head, Mixing, ProjectedHeads
+from fastxm.nn.projected import Head, Mixing, PictureHead, ProjectedHeads
 
 CHANNELS, SIZES, WIDTH, TEXT = (3, 5, 7), (16, 8, 4), 6, 9
 WIDTHS = (6, 12, 24)
+
+
+PICTURES = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32).sin()
 
 
 def maps(count: int = 2) -> list[torch.Tensor]:
     return [torch.randn(count, c, size, size) for c, size in zip(CHANNELS, SIZES)]
 
 
-@pytest.mark.parametrize("scales", [False, True])
-def test_shapes_and_no_parameters(scales):
-    mixing = Mixing(CHANNELS, WIDTHS, scales=scales)
+def judges() -> ProjectedHeads:
+    """In evaluation: twice the same is the same."""
+    return ProjectedHeads(CHANNELS, SIZES, WIDTH, TEXT, picture=(32, WIDTH)).eval()
+
+
+def test_shapes_and_no_parameters():
+    mixing = Mixing(CHANNELS, WIDTHS)
     expected = [(2, width, size, size) for width, size in zip(WIDTHS, SIZES)]
     assert [tuple(x.shape) for x in mixing(maps())] == expected
     assert not list(mixing.parameters())
-    assert len(mixing.state_dict()) == (8 if scales else 3)
+    assert len(mixing.state_dict()) == 8
 
 
 def test_mixing_is_the_formula():
@@ -39,13 +46,21 @@ def test_mixing_is_the_formula():
 
 
 def test_finer_maps_know_of_coarser_ones_and_not_the_other_way():
-    for scales in (False, True):
-        heads = ProjectedHeads(CHANNELS, SIZES, WIDTH, TEXT, scales=scales).eval()
-        given = maps()
-        before = heads(given)[0]
-        given[1] = given[1] + 1
-        changed = (heads(given)[0] != before).all(0)
-        assert changed.tolist() == [scales, True, False]
+    heads, given = judges(), maps()
+    before = heads(given, PICTURES)[0]
+    given[1] = given[1] + 1
+    changed = (heads(given, PICTURES)[0] != before).all(0)
+    assert changed.tolist() == [True, True, False, False]
+
+
+def test_the_last_head_sees_the_picture_and_no_map():
+    heads, given = judges(), maps()
+    before = heads(given, PICTURES)[0]
+    changed = (heads(given, 1 - PICTURES)[0] != before).all(0)
+    assert changed.tolist() == [False, False, False, True]
+    assert heads.picture is not None
+    without = ProjectedHeads(CHANNELS, SIZES, WIDTH, TEXT)
+    assert without(given, PICTURES)[0].shape == (2, 3)
 
 
 def test_mixing_keeps_the_size_of_numbers():
@@ -57,14 +72,14 @@ def test_mixing_keeps_the_size_of_numbers():
 
 
 def test_all_heads_learn_and_pictures_get_gradients():
-    heads = ProjectedHeads(CHANNELS, SIZES, WIDTH, TEXT)
+    heads, images = judges().train(), PICTURES.clone().requires_grad_()
     given = [x.requires_grad_() for x in maps()]
-    realness, semantic = heads(given)
-    assert realness.shape == (2, 3)
-    assert semantic.shape == (2, 3, TEXT)
+    realness, semantic = heads(given, images)
+    assert realness.shape == (2, 4)
+    assert semantic.shape == (2, 4, TEXT)
     (realness.sum() + semantic.square().sum()).backward()
     assert all(p.grad is not None and p.grad.any() for p in heads.parameters())
-    assert all(x.grad is not None and x.grad.any() for x in given)
+    assert all(x.grad is not None and x.grad.any() for x in (*given, images))
 
 
 def test_a_head_judges_where_things_are_but_tells_texts_by_what_they_are():
@@ -96,4 +111,11 @@ def test_bad_sizes(sizes):
 
 def test_maps_that_are_missing():
     with pytest.raises(ValueError, match="zip"):
-        ProjectedHeads(CHANNELS, SIZES, WIDTH, TEXT)(maps()[:2])
+        ProjectedHeads(CHANNELS, SIZES, WIDTH, TEXT)(maps()[:2], PICTURES)
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_the_picture_s_head_ends_at_4_by_4_too(size):
+    realness, semantic = PictureHead(size, WIDTH, TEXT)(torch.rand(2, 3, size, size))
+    assert realness.shape == (2,)
+    assert semantic.shape == (2, TEXT)

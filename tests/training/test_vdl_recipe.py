@@ -508,7 +508,7 @@ def test_the_discriminator_sees_pictures_moved(data, clip):
     assert moved == [4, 4, 4, 4]  # in the generator's update, the discriminator's and R1
 
 
-PROJECTED = {"discriminator": "projected", "head_width": 2}
+PROJECTED = {"discriminator": "projected", "head_width": 2, "picture_width": 2}
 
 
 @pytest.mark.parametrize("make", [vdl, lafite])
