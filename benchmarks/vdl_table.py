@@ -2,7 +2,7 @@
 
     python benchmarks/vdl_table.py --out runs/vdl-table [--steps 1500] [--only vdl-gaussian ...]
 
-Each row is a run of the preset cpu-demo in a directory of its own; rows that are done are read, and
+Each row is a run of the preset in a directory of its own; rows that are done are read, and
 a run that was stopped goes on. All rows have as many steps of an adversary. Of VDL without captions
 three fifths of them are stage 1, the rest 2b, and 2a's come on top; these rows share stage 1,
 without a corpus or with one: `stage-1-...` is a run, with which LAFITE goes on. With captions the
@@ -39,7 +39,6 @@ from fastxm.training.logging import grid
 from fastxm.training.trainer import Run, train
 from fastxm.training.vdl import VDLRecipe, VDLTraining
 
-PRESET = "cpu-demo"
 REPLACED = ("data", "device", "precision")  # of the preset's
 CLASSES: dict[str, tuple[Any, Any]] = {
     "lafite": (LAFITERecipe, LAFITETraining),
@@ -107,6 +106,7 @@ class Budget:
     num_images: int
     corpus: str
     training: dict[str, Any]
+    preset: str
 
     @property
     def stage1(self) -> int:
@@ -117,8 +117,8 @@ class Budget:
 def recipe(variant: Variant, budget: Budget) -> Any:
     """The variant's recipe, whose loop ends when the budget does."""
     made, training = CLASSES[variant.system]
-    values = configs.preset(variant.system, PRESET)
-    config: Any = configs.construct(training, values, PRESET)
+    values = configs.preset(variant.system, budget.preset)
+    config: Any = configs.construct(training, values, budget.preset)
     asked = {**budget.training, **variant.training, "corpus": budget.corpus * variant.corpus}
     steps = budget.steps + variant.more
     if variant.system == "vdl":
@@ -225,13 +225,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=1500, help="of every run")
     parser.add_argument("--data", help="instead of the preset's")
+    parser.add_argument("--preset", default="cpu-demo")
     parser.add_argument("--device", help="instead of auto")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="instead of the preset's")
     parser.add_argument("--corpus", default="encoder", help="a file of texts, one a line")
     parser.add_argument("--num-images", type=int, default=1500)
     asked = parser.parse_args(arguments)
     training = {name: value for name in REPLACED if (value := getattr(asked, name))}
-    budget = Budget(asked.out, asked.steps, asked.num_images, asked.corpus, training)
+    budget = Budget(asked.out, asked.steps, asked.num_images, asked.corpus, training, asked.preset)
     rows = {}
     for name in asked.only:
         rows[name] = kept(name, budget)
