@@ -2,11 +2,12 @@
 
     python benchmarks/vdl_table.py --out runs/vdl-table [--steps 1500] [--only vdl-gaussian ...]
 
-Each row is a run of the preset cpu-demo in a directory of its own; rows that are done are read, and
-a run that was stopped goes on. Of VDL without captions three fifths of the steps are stage 1, a
-fifth 2a, a fifth 2b; these rows share stage 1, without a corpus or with one: `stage-1-...` is a
-run, with which LAFITE goes on. With captions the posterior learns of them first, and all steps
-are 2b's. The corpus is the captions that the joint encoder was trained on, or `--corpus FILE`.
+Each row is a run of the preset in a directory of its own; rows that are done are read, and
+a run that was stopped goes on. All rows have as many steps of an adversary. Of VDL without captions
+three fifths of them are stage 1, the rest 2b, and 2a's come on top; these rows share stage 1,
+without a corpus or with one: `stage-1-...` is a run, with which LAFITE goes on. With captions the
+posterior learns of them first, on top too. The corpus is the captions that the joint encoder was
+trained on, or `--corpus FILE`.
 
 EffLite0-FD is of pictures drawn of held-out captions, from training pictures of the generator's
 style; R@10 of finding their caption among 100, by a dual encoder that has seen both styles and
@@ -38,7 +39,7 @@ from fastxm.training.logging import grid
 from fastxm.training.trainer import Run, train
 from fastxm.training.vdl import VDLRecipe, VDLTraining
 
-PRESET = "cpu-demo"
+REPLACED = ("data", "device", "precision")  # of the preset's
 CLASSES: dict[str, tuple[Any, Any]] = {
     "lafite": (LAFITERecipe, LAFITETraining),
     "vdl": (VDLRecipe, VDLTraining),
@@ -50,7 +51,7 @@ class Variant:
     """A row: a system, and what its training and its model have instead of the preset's.
 
     begins: the row of LAFITE whose stage 1 is its own too. corpus: it has the budget's.
-    more: steps on top of the budget.
+    more: steps on top of the budget, which have no adversary.
     """
 
     system: str
@@ -59,6 +60,16 @@ class Variant:
     begins: str = ""
     corpus: bool = False
     more: int = 0
+
+
+ALONE = 100  # steps of 2a where no captions teach
+
+
+def unaided(begins: str, **model: Any) -> Variant:
+    """VDL without captions, from stage 1 of a row of LAFITE."""
+    corpus = begins == "lafite-corpus"
+    stages = {"posterior_steps": ALONE}
+    return Variant("vdl", stages, model, begins=begins, corpus=corpus, more=ALONE)
 
 
 def of_captions(fraction: float) -> Variant:
@@ -75,10 +86,10 @@ VARIANTS = {
         "lafite", {"perturbation_steps": 500}, {"perturbation": "trained"}, more=500
     ),
     "lafite-corpus": Variant("lafite", begins="lafite-corpus", corpus=True),
-    "vdl-gaussian": Variant("vdl", begins="lafite-fixed"),
-    "vdl-vmf": Variant("vdl", {}, {"family": "vmf"}, begins="lafite-fixed"),
-    "vdl-without-evidence": Variant("vdl", {}, {"evidence": "none"}, begins="lafite-fixed"),
-    "vdl-corpus": Variant("vdl", begins="lafite-corpus", corpus=True),
+    "vdl-gaussian": unaided("lafite-fixed"),
+    "vdl-vmf": unaided("lafite-fixed", family="vmf"),
+    "vdl-without-evidence": unaided("lafite-fixed", evidence="none"),
+    "vdl-corpus": unaided("lafite-corpus"),
     "vdl-1-percent": of_captions(0.01),
     "vdl-10-percent": of_captions(0.1),
     "vdl-50-percent": of_captions(0.5),
@@ -95,6 +106,7 @@ class Budget:
     num_images: int
     corpus: str
     training: dict[str, Any]
+    preset: str
 
     @property
     def stage1(self) -> int:
@@ -105,13 +117,12 @@ class Budget:
 def recipe(variant: Variant, budget: Budget) -> Any:
     """The variant's recipe, whose loop ends when the budget does."""
     made, training = CLASSES[variant.system]
-    values = configs.preset(variant.system, PRESET)
-    config: Any = configs.construct(training, values, PRESET)
+    values = configs.preset(variant.system, budget.preset)
+    config: Any = configs.construct(training, values, budget.preset)
     asked = {**budget.training, **variant.training, "corpus": budget.corpus * variant.corpus}
     steps = budget.steps + variant.more
     if variant.system == "vdl":
-        stages = {"adversarial_steps": budget.stage1, "posterior_steps": max(1, steps // 5)}
-        asked = {**stages, **asked}
+        asked = {"adversarial_steps": budget.stage1, **asked}
         if variant.begins:
             asked["stage1"] = str(first_stage(variant.begins, budget))
             steps -= budget.stage1
@@ -214,12 +225,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=1500, help="of every run")
     parser.add_argument("--data", help="instead of the preset's")
+    parser.add_argument("--preset", default="cpu-demo")
     parser.add_argument("--device", help="instead of auto")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="instead of the preset's")
     parser.add_argument("--corpus", default="encoder", help="a file of texts, one a line")
     parser.add_argument("--num-images", type=int, default=1500)
     asked = parser.parse_args(arguments)
-    training = {name: value for name in ("data", "device") if (value := getattr(asked, name))}
-    budget = Budget(asked.out, asked.steps, asked.num_images, asked.corpus, training)
+    training = {name: value for name in REPLACED if (value := getattr(asked, name))}
+    budget = Budget(asked.out, asked.steps, asked.num_images, asked.corpus, training, asked.preset)
     rows = {}
     for name in asked.only:
         rows[name] = kept(name, budget)

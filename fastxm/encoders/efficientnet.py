@@ -97,14 +97,15 @@ class EfficientNetLite0(FrozenImages):
         self.freeze()
         self.name = f"efficientnet-lite0-{image_size or 'any'}-{self.fingerprint()}"
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def features(self, images: Tensor, count: int = 5) -> list[Tensor]:
         """Maps of strides 2, 4, 8, 16 and 32.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
+            count: how many of them, the finest first; what only coarser ones need is left out.
 
         Returns:
-            five tensors [B, channels[i], S / 2^(i+1), S / 2^(i+1)], S the resized side.
+            count tensors [B, channels[i], S / 2^(i+1), S / 2^(i+1)], S the resized side.
         """
         images = self.resized(images)
         x = ((images * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)
@@ -113,6 +114,8 @@ class EfficientNetLite0(FrozenImages):
         for block in self.blocks:
             if block.stride == 2:
                 maps.append(x)
+                if len(maps) == count:
+                    return maps
             x = block(x)
         return [*maps, x]
 

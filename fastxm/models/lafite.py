@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from fastxm.encoders.efficientnet import EfficientNetLite0
+from fastxm.encoders.frozen import Looks
 from fastxm.models.pretrained import Pretrained
 from fastxm.models.text_to_image import TextToImage
 from fastxm.nn.directions import NOISES, Gaussian, Heads
 from fastxm.nn.outputs import at_least_float
+from fastxm.nn.projected import ProjectedHeads
 from fastxm.nn.stylegan import (
     GAIN,
     EqualConv2d,
@@ -38,6 +41,8 @@ from fastxm.nn.stylegan import (
 from fastxm.nn.text import SCALES, scaled
 
 HALF = math.sqrt(0.5)
+# root mean square of EfficientNet-Lite0's maps of drawings, the finest first
+SPREADS = (8.0, 11.0, 10.0, 8.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,14 @@ class LAFITEConfig:
         perturbation: "fixed", that noise; "trained", a shift and scales that a network gives.
         hidden: width of that network's hidden layers.
         joint_encoder: a directory of it, where it is not saved with the model.
+        discriminator: "stylegan2" (the released code); "projected": heads on a frozen
+            EfficientNet-Lite0, on its four coarsest maps of 4 x 4 places or more.
+        image_encoder_size: side of the pictures that it sees, a power of two from 64 on.
+        head_width: channels of the finest head; each coarser one has twice as many.
+        picture_width: channels of one more head, on the picture itself; 0 for none.
     """
+
+    image_encoder: ClassVar[str] = "efficientnet-lite0"
 
     image_size: int = 256
     embedding: int = 512
@@ -81,16 +93,22 @@ class LAFITEConfig:
     perturbation: str = "fixed"
     hidden: int = 1024
     joint_encoder: str = ""
+    discriminator: str = "stylegan2"
+    image_encoder_size: int = 64
+    head_width: int = 24
+    picture_width: int = 0
 
     def __post_init__(self) -> None:
-        if self.image_size < 8 or self.image_size & (self.image_size - 1):
-            raise ValueError(f"image_size is a power of two from 8 on, not {self.image_size}")
+        for name, least in (("image_size", 8), ("image_encoder_size", 64)):
+            if (size := getattr(self, name)) < least or size & (size - 1):
+                raise ValueError(f"{name} is a power of two from {least} on, not {size}")
         for name, allowed in self.choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)!r}")
-        for name in ("embedding", "z_dim", "w_dim", "mapping_layers", "channel_max", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        counts = ("embedding", "z_dim", "w_dim", "mapping_layers", "channel_max", "hidden")
+        for name in (*counts, "head_width", "picture_width"):
+            if getattr(self, name) < (least := name != "picture_width"):
+                raise ValueError(f"{name} is at least {int(least)}, not {getattr(self, name)}")
         for name in ("xi", "text_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, not {getattr(self, name)}")
@@ -106,6 +124,7 @@ class LAFITEConfig:
             "text_scale": SCALES,
             "noise": NOISES,
             "perturbation": ("fixed", "trained"),
+            "discriminator": tuple(DISCRIMINATORS),
         }
 
     @property
@@ -294,8 +313,9 @@ class Generator(nn.Module):
 class DiscriminatorOutput(NamedTuple):
     """What the discriminator makes of B pictures and B texts.
 
-    logits: [B], float32: how real, given the text. semantic: [B, condition], float32: f_s, the
-    picture's feature in the text's space. realness: [B], float32: f_d, the logit without the text.
+    logits: [B], of a projected one [B, heads], float32: how real, given the text. semantic:
+    [B, condition], float32: f_s, the picture's feature in the text's space, the mean of the heads'.
+    realness: as logits: f_d, the logit without the text.
     """
 
     logits: Tensor
@@ -352,6 +372,38 @@ class Discriminator(nn.Module):
         return DiscriminatorOutput(realness + matched, semantic, realness)
 
 
+class ProjectedDiscriminator(Looks):
+    """Judges as `Discriminator` does, by heads on the maps of a frozen network (`nn.projected`).
+
+    Args:
+        config: of the whole model.
+    """
+
+    def __init__(self, config: LAFITEConfig) -> None:
+        super().__init__()
+        self.config = config
+        sides = [config.image_encoder_size >> (i + 1) for i in range(len(SPREADS))]
+        self.used = sum(side >= 4 for side in sides)
+        channels, sizes = (x[: self.used][-4:] for x in (EfficientNetLite0.channels, sides))
+        widths = config.head_width, config.condition
+        picture = config.image_size, config.picture_width
+        self.heads = ProjectedHeads(channels, sizes, *widths, picture=picture)
+
+    def forward(self, images: Tensor, text: Tensor) -> DiscriminatorOutput:
+        """Judges pictures [B, 3, S, S], nominally in [-1, 1], beside texts [B, condition]."""
+        maps = self.image_encoder.features(images / 2 + 0.5, self.used)[-4:]
+        maps = [x / spread for x, spread in zip(maps, SPREADS[: self.used][-4:])]
+        realness, semantic = self.heads(maps, images)
+        with torch.autocast(images.device.type, enabled=False):
+            matched = (semantic * text.to(semantic.dtype)[:, None]).sum(2)
+            if self.config.logit == "batch":
+                matched = matched.sum(0, keepdim=True)
+        return DiscriminatorOutput(realness + matched, semantic.mean(1), realness)
+
+
+DISCRIMINATORS: dict[str, Any] = {"stylegan2": Discriminator, "projected": ProjectedDiscriminator}
+
+
 class LAFITE(TextToImage):
     """LAFITE: `generate` draws pictures of captions, by their embeddings alone.
 
@@ -366,14 +418,14 @@ class LAFITE(TextToImage):
     config_class: ClassVar[type[LAFITEConfig]] = LAFITEConfig
     config: LAFITEConfig
     generator: Generator
-    discriminator: Discriminator
+    discriminator: Discriminator | ProjectedDiscriminator
     perturbation: Heads
 
     def __init__(self, config: LAFITEConfig | None = None) -> None:
         super().__init__()
         self.config = config or self.config_class()
         self.generator = Generator(self.config)
-        self.discriminator = Discriminator(self.config)
+        self.discriminator = DISCRIMINATORS[self.config.discriminator](self.config)
         if self.config.perturbation == "trained":
             width = self.config.embedding
             self.perturbation = Heads(width, width, self.config.hidden, zero=False)

@@ -35,6 +35,11 @@ from fastxm.training.recipe import Player, State
 from fastxm.training.trainer import LoopConfig
 
 Drawn = tuple[Tensor, Tensor]  # conditions and pictures of them
+# of the generator and of the discriminator
+ADVERSARIAL: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "logistic": (losses.logistic_g, losses.logistic_d),
+    "hinge": (losses.hinge_g, losses.hinge_d),
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class LAFITETraining:
     """Pictures in an update."""
     lr: float = 0.0025
     """Adam's step, before the correction for lazy regularisation."""
+    lr_d: float = 0.0
+    """The discriminator's; 0 for the same."""
+    adversarial: Literal["logistic", "hinge"] = "logistic"
+    """What real and drawn pictures are told apart by: softplus as above, or the hinge."""
     contrast: Literal["plain", "sharpened"] = "plain"
     """InfoNCE, or the released code's exponential of it."""
     temperature: float = 0.5
@@ -124,6 +133,13 @@ class LAFITETraining:
         for name in ("lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.lr_d < 0:
+            raise ValueError(f"lr_d must be at least 0, not {self.lr_d}")
+        if self.model.discriminator == "projected" and self.r1_every:
+            raise ValueError(
+                "a projected discriminator has no second derivative, which R1 takes: "
+                f"with it r1_every is 0, not {self.r1_every}"
+            )
         parse(self.augment)
         if self.split == "all" and not self.encoder:
             raise ValueError("split all needs an encoder: without one, some pairs are to train it")
@@ -166,6 +182,7 @@ class LAFITERecipe(GANRecipe):
         self.players = self.make_players()
         self.ema = EMA(model.generator)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.adversarial = ADVERSARIAL[config.adversarial]
         self.path_mean = torch.zeros((), device=self.device)
         self.done = 0
 
@@ -189,22 +206,21 @@ class LAFITERecipe(GANRecipe):
 
     def make_players(self) -> dict[str, Player]:
         config, model = self.config, self.model
+        lr_d = config.lr_d or config.lr
         players = {
-            "generator": self.lazy_player(model.generator, config.path_every),
-            "discriminator": self.lazy_player(model.discriminator, config.r1_every),
+            "generator": self.lazy_player(model.generator, config.path_every, config.lr),
+            "discriminator": self.lazy_player(model.discriminator, config.r1_every, lr_d),
         }
         if config.model.perturbation == "trained":
             heads = model.perturbation
             players["perturbation"] = Player(heads, torch.optim.Adam(heads.parameters(), 1e-3))
         return players
 
-    def lazy_player(self, network: nn.Module, every: int) -> Player:
+    def lazy_player(self, network: nn.Module, every: int, lr: float) -> Player:
         """Adam corrected for one more update every `every` steps (Karras et al. 2020, B)."""
         share = every / (every + 1) if every else 1.0
         options: dict[str, Any] = {"betas": (0.0, 0.99**share), "eps": 1e-8, "fused": True}
-        return Player(
-            network, torch.optim.Adam(network.parameters(), self.config.lr * share, **options)
-        )
+        return Player(network, torch.optim.Adam(network.parameters(), lr * share, **options))
 
     # what the base asks for: texts of the sample grids
 
@@ -294,7 +310,7 @@ class LAFITERecipe(GANRecipe):
         with autocast(config.precision, self.device):
             fake = self.draw_pictures(condition)
             judged = self.discriminator(self.augmented(fake), condition)
-        parts = {"g_gan": losses.logistic_g(judged.logits)}
+        parts = {"g_gan": self.adversarial[0](judged.logits)}
         total = parts["g_gan"]
         if config.encoder_weight or config.picture_weight:
             seen = self.see(fake)
@@ -319,7 +335,7 @@ class LAFITERecipe(GANRecipe):
         with autocast(config.precision, self.device):
             of_fake = self.discriminator(self.augmented(fake), condition)
             of_real = self.discriminator(self.augmented(batch["image"]), condition)
-        loss = losses.logistic_d(of_real.logits, of_fake.logits)
+        loss = self.adversarial[1](of_real.logits, of_fake.logits)
         parts = {"d_gan": loss, "d_real": of_real.logits.mean(), "d_fake": of_fake.logits.mean()}
         if config.semantic_weight:
             parts["d_semantic"] = self.contrast(of_real.semantic, condition)

@@ -85,3 +85,15 @@ def test_layout_features_say_where(net):
     torch.testing.assert_close(features[:, 1280:], where)
     torch.testing.assert_close(layout.logits(x), net.logits(x))
     assert layout.name != net.name
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_the_finest_maps_alone(net, count):
+    x, seen = waves(224), []
+    hooks = [block.register_forward_hook(lambda *_: seen.append(1)) for block in net.blocks]
+    found = net.features(x, count)
+    for hook in hooks:
+        hook.remove()
+    assert len(found) == count
+    assert all(torch.equal(a, b) for a, b in zip(found, net.features(x)[:count], strict=True))
+    assert len(seen) == {1: 1, 4: 11, 5: 16}[count]  # blocks that only coarser maps need do not run

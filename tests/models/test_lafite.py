@@ -8,7 +8,15 @@ from golden import hashes, waves
 from torch.autograd import gradgradcheck
 from torch.nn import functional as F
 
-from fastxm.models.lafite import Discriminator, Generator, LAFITEConfig, Mapping, Style
+from fastxm.models.lafite import (
+    LAFITE,
+    Discriminator,
+    Generator,
+    LAFITEConfig,
+    Mapping,
+    ProjectedDiscriminator,
+    Style,
+)
 
 # the golden values come from running the released networks on the same patterns
 GOLDEN = {"rtol": 1e-4, "atol": 1e-5}
@@ -181,3 +189,83 @@ def test_bfloat16_stays_near():
 def test_bad_configurations(fields, message):
     with pytest.raises(ValueError, match=message):
         LAFITEConfig(**{**TINY, **fields})
+
+
+PROJECTED = {**TINY, "discriminator": "projected", "head_width": 2, "picture_width": 2}
+
+
+@pytest.fixture(scope="module")
+def projected():
+    torch.manual_seed(0)
+    return ProjectedDiscriminator(LAFITEConfig(**PROJECTED))
+
+
+def test_the_projected_discriminator_judges_at_four_scales_and_the_picture(projected):
+    images, text = torch.rand(3, 3, 8, 8) * 2 - 1, F.normalize(torch.randn(3, 5), dim=1)
+    judged = projected(images, text)
+    assert judged.logits.shape == judged.realness.shape == (3, 5)
+    assert judged.semantic.shape == (3, 5)
+    # the mean over heads of the text's part is the text's product with the mean feature
+    matched = (judged.logits - judged.realness).mean(1)
+    torch.testing.assert_close(matched, (judged.semantic * text).sum(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "strides"), [(64, (2, 4, 8, 16)), (128, (4, 8, 16, 32))])
+def test_its_heads_are_on_the_four_coarsest_maps_that_have_places_enough(size, strides):
+    network = ProjectedDiscriminator(LAFITEConfig(**PROJECTED, image_encoder_size=size))
+    seen = []
+    network.heads.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    network(torch.rand(1, 3, 8, 8), torch.randn(1, 5))
+    assert [x.shape[2] for x in seen] == [size // stride for stride in strides]
+
+
+def test_its_frozen_part_never_learns_and_is_not_saved(projected):
+    projected.train()
+    images = (torch.rand(2, 3, 8, 8) * 2 - 1).requires_grad_()
+    judged = projected(images, torch.randn(2, 5))
+    frozen = projected.image_encoder
+    assert not frozen.training
+    assert not any(p.requires_grad for p in frozen.parameters())
+    (judged.logits.sum() + judged.semantic.square().sum()).backward()
+    assert images.grad is not None
+    assert images.grad.abs().amax((1, 2, 3)).gt(0).all()
+    assert all(p.grad is not None and p.grad.any() for p in projected.heads.parameters())
+    assert not any(p.grad is not None for p in frozen.parameters())
+    shared = {tensor.data_ptr() for tensor in frozen.state_dict().values()}
+    assert all(name.startswith("heads.") for name in projected.state_dict())
+    assert shared.isdisjoint(tensor.data_ptr() for tensor in projected.state_dict().values())
+
+
+def test_a_projected_model_is_saved_with_its_mixing(tmp_path):
+    model = LAFITE(LAFITEConfig(**PROJECTED)).eval()
+    model.save_pretrained(tmp_path)
+    other = LAFITE.from_pretrained(tmp_path)
+    assert other.config == model.config
+    images, text = torch.rand(2, 3, 8, 8), torch.randn(2, 5)
+    for ours, theirs in zip(model.discriminator(images, text), other.discriminator(images, text)):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_batch_s_logit_of_a_projected_discriminator(projected):
+    batch = ProjectedDiscriminator(LAFITEConfig(**{**PROJECTED, "logit": "batch"}))
+    batch.load_state_dict(projected.state_dict())
+    images, text = torch.rand(3, 3, 8, 8), torch.randn(3, 5)
+    ours, theirs = (network.eval()(images, text) for network in (projected, batch))
+    own = ours.logits - ours.realness
+    whole = own.sum(0).expand(3, 5)
+    torch.testing.assert_close(theirs.logits - theirs.realness, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"discriminator": "patch"}, "discriminator is one of"),
+        ({"image_encoder_size": 96}, "image_encoder_size is a power of two from 64 on"),
+        ({"image_encoder_size": 32}, "image_encoder_size is a power of two from 64 on"),
+        ({"head_width": 0}, "head_width is at least 1"),
+        ({"picture_width": -1}, "picture_width is at least 0"),
+    ],
+)
+def test_bad_projected_configurations(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LAFITEConfig(**{**PROJECTED, **fields})

@@ -337,6 +337,11 @@ def test_fractions_are_nested(data, clip):
         ({"label_fraction": -0.1}, r"label_fraction is in \[0, 1\]"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"r1_every": -1}, "r1_every must be at least 0"),
+        ({"lr_d": -0.1}, "lr_d must be at least 0"),
+        (
+            {"model": VDLConfig(discriminator="projected")},
+            "a projected discriminator has no second derivative.* r1_every is 0, not 16",
+        ),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"augment": "translation,flip"}, "a policy is made of"),
         ({"prior_share": 2.0}, r"prior_share is in \[0, 1\]"),
@@ -501,3 +506,46 @@ def test_the_discriminator_sees_pictures_moved(data, clip):
     recipe.augmented = lambda images: moved.append(len(images)) or whole(images)
     recipe.step(batch)
     assert moved == [4, 4, 4, 4]  # in the generator's update, the discriminator's and R1
+
+
+PROJECTED = {"discriminator": "projected", "head_width": 2, "picture_width": 2}
+
+
+@pytest.mark.parametrize("make", [vdl, lafite])
+def test_a_projected_discriminator_learns_without_r1(data, clip, make):
+    recipe, batch = built(make(data, clip, PROJECTED, r1_every=0, lr_d=1e-3))
+    assert recipe.players["discriminator"].optimizer.param_groups[0]["lr"] == 1e-3
+    frozen = state(recipe.model.discriminator.image_encoder)
+    before = {name: state(part) for name, part in recipe.model.named_children()}
+    fixed = state(recipe.model.discriminator.heads.mixing)
+    metrics = recipe.step(batch)
+    assert "r1" not in metrics
+    assert all(value.isfinite() for value in metrics.values())
+    for name in ("generator", "discriminator"):
+        assert moved(getattr(recipe.model, name), before[name])
+    for name, p in recipe.model.discriminator.heads.named_parameters():
+        assert not torch.equal(p, before["discriminator"][f"heads.{name}"]), name
+    assert not moved(recipe.model.discriminator.image_encoder, frozen)
+    assert not moved(recipe.model.discriminator.heads.mixing, fixed)
+
+
+def test_the_hinge_is_what_players_minimise(data, clip):
+    recipe, batch = built(lafite(data, clip, PROJECTED, r1_every=0, adversarial="hinge"))
+    logits = []
+    recipe.model.discriminator.register_forward_hook(lambda *a: logits.append(a[2].logits))
+    metrics = recipe.step(batch)
+    torch.testing.assert_close(metrics["g_gan"], -logits[0].detach().mean())
+    fake, real = logits[1].detach(), logits[2].detach()
+    expected = (1 + fake).clamp(min=0).mean() + (1 - real).clamp(min=0).mean()
+    torch.testing.assert_close(metrics["d_gan"], expected)
+
+
+def test_a_projected_run_resumes(data, clip, tmp_path):
+    options = {"r1_every": 0, "path_every": 0, "adversarial": "hinge"}
+    make = lambda: lafite(data, clip, PROJECTED, **options)  # noqa: E731
+    loop = replace(LOOP, steps=4)
+    whole = train(make(), tmp_path / "whole", loop)
+    train(make(), tmp_path / "parts", replace(loop, steps=2))
+    parts = train(make(), tmp_path / "parts", loop, resume=True)
+    read = [(run.out / "metrics.jsonl").read_text() for run in (whole, parts)]
+    assert read[0] == read[1]
