@@ -111,8 +111,8 @@ class LAFITETraining:
     """Let the discriminator judge what the generator's update drew, not pictures drawn anew."""
     flip: bool = False
     """Mirror half of the real pictures."""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    """Arithmetic of convolutions and matrix products."""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Arithmetic of convolutions and matrix products; auto is bf16 where the device has it."""
     compile: bool = False
     """torch.compile what no second derivative is taken of."""
     device: str = "auto"
