@@ -31,9 +31,9 @@ def test_auto_on_a_gpu(monkeypatch, has):
             precision.pick_precision("bf16", gpu)
 
 
-def test_a_run_remembers_what_was_picked(tmp_path, monkeypatch):
+def test_a_run_remembers_what_was_picked(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "LEVEL", "bfloat16")
-    ours = recipe(tmp_path, precision="auto")
+    ours = recipe(folder, precision="auto")
     config.write(tmp_path / "config.yaml", ours.system, ours.config)
     kept = config.read(tmp_path / "config.yaml", ours.system)
     assert kept["precision"] == "bf16"
