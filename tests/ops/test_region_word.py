@@ -88,11 +88,13 @@ def each_draw(f):
     return stacked
 
 
-def draws(*args):
-    B_image, R, D = args[:3]
-    # the formula's largest error is of the rare contexts that are short: small draws have few
-    count = min(100, max(DRAWS, 70_000 // (B_image * R * D)))
-    return [torch.stack(group) for group in zip(*(inputs(*args) for _ in range(count)))]
+def draws(B_image, R, D, B_text, T, device, dtype=torch.float32):
+    # the formula's largest error is of the rare contexts that are short: small draws have few. Of
+    # halves it is the rounding of any of their products
+    count = min(100, max(DRAWS, 70_000 // (B_image * R * D))) if dtype == torch.float32 else 12
+    shape = (B_image, R, D, B_text, T)
+    each = [inputs(*shape, device, dtype) for _ in range(count)]
+    return [torch.stack(group) for group in zip(*each)]
 
 
 def both(form, wrap=lambda f: f):

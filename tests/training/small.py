@@ -44,8 +44,8 @@ def pictures(folder: Path) -> Path:
 
 
 def recipe(data: Path, **fields: Any) -> xmcgan.XMCGANRecipe:
-    """A recipe that reads `data` with `Letters`, 64 px, 2 base channels."""
-    xmcgan.text_encoder = lambda *_, **__: Letters()
+    """A recipe that reads `data`, 64 px, 2 base channels; its text encoder stands in the fixture
+    `folder`."""
     model = XMCGANConfig(image_size=64, gf=2, df=2, z_dim=4, cond_dim=4, text_width=6, words=5)
     plain = {"batch_size": 4, "precision": "fp32", "pretrained_weight": 0.0, "samples": 3}
     made = xmcgan.XMCGANTraining(model=model, data=str(data), device="cpu", **(plain | fields))
@@ -53,5 +53,6 @@ def recipe(data: Path, **fields: Any) -> xmcgan.XMCGANRecipe:
 
 
 if __name__ == "__main__":
+    xmcgan.text_encoder = lambda *_, **__: Letters()
     loop = LoopConfig(steps=int(sys.argv[3]), log_every=2, sample_every=4, checkpoint_every=3)
     train(recipe(Path(sys.argv[1]), augment="color"), Path(sys.argv[2]), loop, resume=True)

@@ -1,6 +1,5 @@
 """LAFITE's and VDL's steps: who moves in which stage, resuming, captions that are not there."""
 
-import copy
 import json
 import shutil
 from dataclasses import replace
@@ -9,71 +8,22 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from small import COLOURS, pictures
-from tiny_clip import write
+from small import COLOURS
+from small_joint import LOOP, built, lafite, moved, state, vdl
 from torch.nn import functional as F
 
-from fastxm import VDL, losses
+from fastxm import VDL
 from fastxm.data.leak_free import leak_free, told
 from fastxm.encoders.dual import DualEncoder, DualEncoderConfig
-from fastxm.models.lafite import LAFITE, LAFITEConfig
+from fastxm.models.lafite import LAFITE
 from fastxm.models.vdl import VDLConfig
 from fastxm.nn.directions import draw_noise
 from fastxm.training import joint_data
 from fastxm.training.joint_data import Corpus
-from fastxm.training.lafite import LAFITERecipe, LAFITETraining
-from fastxm.training.trainer import LoopConfig, train
-from fastxm.training.vdl import VDLRecipe, VDLTraining
+from fastxm.training.trainer import train
+from fastxm.training.vdl import VDLTraining
 
-TINY = {"image_size": 16, "embedding": 6, "z_dim": 4, "w_dim": 4, "mapping_layers": 1,
-        "channel_base": 64, "channel_max": 4, "hidden": 8}  # fmt: skip
-LOOP = LoopConfig(steps=7, log_every=1, sample_every=4, checkpoint_every=3)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return pictures(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTXM_DATA", str(tmp_path / "cache"))
-
-
-def common(data, clip, **fields):
-    plain = {"data": str(data), "encoder": str(clip), "batch_size": 4, "samples": 3,
-             "device": "cpu", "r1_every": 2, "path_every": 2,
-             "flip": True, "loop": LOOP}  # fmt: skip
-    return {**plain, **fields}
-
-
-def vdl(data, clip, model=None, **fields) -> VDLRecipe:
-    config = VDLConfig(**{**TINY, "evidence_width": 8, **(model or {})})
-    steps = {"adversarial_steps": 2, "posterior_steps": 3}
-    return VDLRecipe(VDLTraining(model=config, **common(data, clip, **{**steps, **fields})))
-
-
-def lafite(data, clip, model=None, **fields) -> LAFITERecipe:
-    config = LAFITEConfig(**{**TINY, **(model or {})})
-    return LAFITERecipe(LAFITETraining(model=config, **common(data, clip, **fields)))
-
-
-def built(recipe):
-    recipe.build()
-    return recipe, next(iter(recipe.batches))
-
-
-def state(network) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in network.state_dict().items()}
-
-
-def moved(network, before) -> bool:
-    return any(not torch.equal(value, before[name]) for name, value in network.state_dict().items())
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_stage_1_is_lafite_to_the_bit(data, clip):
@@ -447,21 +397,6 @@ def test_step_s_loss_is_the_sum_of_its_parts(data, clip):
     torch.testing.assert_close(total, sum(w * parts[name] for name, w in weights.items()))
 
 
-def test_r1_is_the_squared_slope(data, clip):
-    recipe, batch = built(lafite(data, clip))
-    network = copy.deepcopy(recipe.model.discriminator).double()
-    x = batch["image"].double().requires_grad_()
-    text = F.normalize(torch.randn(4, 6), dim=1).double()
-    found = losses.r1(network(x, text).logits, x)
-    direction = torch.randn_like(x)
-    step = 1e-6 * direction
-    with torch.no_grad():
-        rise = (network(x + step, text).logits - network(x - step, text).logits).sum() / 2e-6
-    (slope,) = torch.autograd.grad(network(x, text).logits.sum(), x)
-    torch.testing.assert_close((slope * direction).sum(), rise, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found, slope.square().sum() / 8)
-
-
 def test_a_run_of_lafite_stands_in_for_stage_1(data, clip, tmp_path):
     first = train(lafite(data, clip), tmp_path / "first", replace(LOOP, steps=2))
     recipe, batch = built(vdl(data, clip, stage1=str(first.out), lr=1e-3))
@@ -481,71 +416,3 @@ def test_a_run_of_lafite_stands_in_for_stage_1(data, clip, tmp_path):
         vdl(data, clip, stage1=str(tmp_path)).build()
     with pytest.raises(ValueError, match=r"stage1: .* is of other networks"):
         vdl(data, clip, {"channel_max": 3}, stage1=str(first.out)).build()
-
-
-@pytest.mark.parametrize("share", [False, True])
-def test_the_discriminator_may_judge_the_generator_s_own_pictures(data, clip, share):
-    recipe, batch = built(lafite(data, clip, share_fakes=share))
-    whole, drawn = recipe.synthesis, []
-    recipe.synthesis = lambda *inputs: drawn.append(whole(*inputs)) or drawn[-1]
-    recipe.step(batch)
-    assert len(drawn) == 2 - share
-
-
-def test_the_discriminator_sees_pictures_moved(data, clip):
-    plain, batch = built(lafite(data, clip))
-    assert torch.equal(plain.augmented(batch["image"]), batch["image"])
-    recipe, batch = built(lafite(data, clip, augment="translation"))
-    images = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16)  # as its columns are
-    seen = recipe.augmented(images)
-    steps = (seen[:, 0, 0] - images[:, 0, 0]).mean(1) / (2 / 15)
-    assert (steps > -2.1).all()
-    assert (steps < 2.1).all()
-    assert steps.std() > 0.5
-    whole, moved = recipe.augmented, []
-    recipe.augmented = lambda images: moved.append(len(images)) or whole(images)
-    recipe.step(batch)
-    assert moved == [4, 4, 4, 4]  # in the generator's update, the discriminator's and R1
-
-
-PROJECTED = {"discriminator": "projected", "head_width": 2, "picture_width": 2}
-
-
-@pytest.mark.parametrize("make", [vdl, lafite])
-def test_a_projected_discriminator_learns_without_r1(data, clip, make):
-    recipe, batch = built(make(data, clip, PROJECTED, r1_every=0, lr_d=1e-3))
-    assert recipe.players["discriminator"].optimizer.param_groups[0]["lr"] == 1e-3
-    frozen = state(recipe.model.discriminator.image_encoder)
-    before = {name: state(part) for name, part in recipe.model.named_children()}
-    fixed = state(recipe.model.discriminator.heads.mixing)
-    metrics = recipe.step(batch)
-    assert "r1" not in metrics
-    assert all(value.isfinite() for value in metrics.values())
-    for name in ("generator", "discriminator"):
-        assert moved(getattr(recipe.model, name), before[name])
-    for name, p in recipe.model.discriminator.heads.named_parameters():
-        assert not torch.equal(p, before["discriminator"][f"heads.{name}"]), name
-    assert not moved(recipe.model.discriminator.image_encoder, frozen)
-    assert not moved(recipe.model.discriminator.heads.mixing, fixed)
-
-
-def test_the_hinge_is_what_players_minimise(data, clip):
-    recipe, batch = built(lafite(data, clip, PROJECTED, r1_every=0, adversarial="hinge"))
-    logits = []
-    recipe.model.discriminator.register_forward_hook(lambda *a: logits.append(a[2].logits))
-    metrics = recipe.step(batch)
-    torch.testing.assert_close(metrics["g_gan"], -logits[0].detach().mean())
-    fake, real = logits[1].detach(), logits[2].detach()
-    expected = (1 + fake).clamp(min=0).mean() + (1 - real).clamp(min=0).mean()
-    torch.testing.assert_close(metrics["d_gan"], expected)
-
-
-def test_a_projected_run_resumes(data, clip, tmp_path):
-    options = {"r1_every": 0, "path_every": 0, "adversarial": "hinge"}
-    make = lambda: lafite(data, clip, PROJECTED, **options)  # noqa: E731
-    loop = replace(LOOP, steps=4)
-    whole = train(make(), tmp_path / "whole", loop)
-    train(make(), tmp_path / "parts", replace(loop, steps=2))
-    parts = train(make(), tmp_path / "parts", loop, resume=True)
-    read = [(run.out / "metrics.jsonl").read_text() for run in (whole, parts)]
-    assert read[0] == read[1]
