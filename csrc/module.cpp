@@ -7,6 +7,7 @@
 #endif
 
 #include <limits>
+#include <string>
 
 #include "cpu/gemm.h"
 #include "cpu/info_nce.h"
@@ -35,7 +36,7 @@ py::dict build_info() {
   info["cuda"] = false;
 #endif
   info["compiler"] = __VERSION__;
-  info["cpu"] = fastxm::cpu_level();
+  info["cpu"] = std::string(fastxm::cpu_level()) + (fastxm::gemm_amx() ? ", amx" : "");
   return info;
 }
 

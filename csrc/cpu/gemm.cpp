@@ -7,6 +7,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
 #define FASTXM_TILES
+#include "cpu/gemm_amx.h"
 #include "cpu/gemm_avx2.h"
 #include "cpu/gemm_avx512.h"
 #endif
@@ -21,6 +22,8 @@ bool has_avx512() {
   static const bool has = !std::strcmp(cpu_level(), "avx512");
   return has;
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // some rows times a part of a panel, or of rows fewer than a register tile's, R at most, those
 template <class Tile, int R = kTileRows>
@@ -52,14 +55,18 @@ void multiply_as(const Panels& panels, const Left& a, std::int64_t rows, std::in
 }  // namespace
 
 const char* gemm_level() {
-  __builtin_cpu_init();
-  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) return "bfloat16";
+  if (has_avx512_bf16()) return "bfloat16";
   return has_avx512() || !std::strcmp(cpu_level(), "avx2") ? "float32" : "";
+}
+
+bool gemm_amx() {
+  static const bool has = has_avx512_bf16() && find_amx() && amx_is_right();
+  return has;
 }
 
 void multiply(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
               std::int64_t columns, float* out, std::int64_t out_stride, bool add) {
-  auto* run = panels.bf16    ? multiply_as<Avx512<Pair>>
+  auto* run = panels.bf16    ? gemm_amx() ? multiply_amx : multiply_as<Avx512<Pair>>
               : has_avx512() ? multiply_as<Avx512<Float>>
                              : multiply_as<Avx2>;
   run(panels, a, rows, first, columns, out, out_stride, add);
@@ -129,6 +136,8 @@ void pack_columns(const Panels& panels, const void* y, std::int64_t columns, std
 #else
 
 const char* gemm_level() { return ""; }
+
+bool gemm_amx() { return false; }
 
 void multiply(const Panels&, const Left&, std::int64_t, std::int64_t, std::int64_t, float*,
               std::int64_t, bool) {}

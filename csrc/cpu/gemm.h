@@ -19,6 +19,9 @@ constexpr std::int64_t kStep = sizeof(E) == 2 ? 2 : 1;
 // Nothing below but the panels' size is there without one.
 const char* gemm_level();
 
+// whether bfloat16 is multiplied by tiles of AMX, and not by AVX-512
+bool gemm_amx();
+
 // a matrix [depth, columns] as panels of 64 columns: [columns / 64 rounded up, depth, 64], of
 // bfloat16 [columns / 64 rounded up, depth / 2, 64, 2]; depth is even then. What is missing is 0.
 struct Panels {
@@ -51,7 +54,8 @@ void gemm_pack_rows_cpu(bool bf16, std::uintptr_t y, std::int64_t rows, std::int
 void transpose(const void* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
                void* to, std::int64_t to_stride);
 
-// a matrix whose step k of row i, a float or a pair of bfloat16, is at data + i row + k step, bytes
+// a matrix whose step k of row i, a float or a pair of bfloat16, is `i row + k step` bytes from its
+// data; row or step is 4
 struct Left {
   const void* data;
   std::int64_t row, step;
