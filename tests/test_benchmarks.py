@@ -5,10 +5,15 @@ import dataclasses
 import importlib
 import json
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from fastxm.encoders.frozen import FrozenImages
 
 ROOT = Path(__file__).parent.parent
 
@@ -334,3 +339,50 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
         assert steps(tmp_path / "t" / name / "checkpoints")[-1].name == last
     table.main(flags)
     assert len(asked) == 11  # rows that are done are read
+
+
+class Channels(FrozenImages):
+    """An encoder of pictures: the means of their channels."""
+
+    name, width, image_size = "channels", 3, None
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("unused", torch.nn.Parameter(torch.zeros(())))
+
+    def features(self, images):
+        return [images]
+
+    def pool(self, features):
+        return features[-1].mean((2, 3))
+
+    def classes(self, pooled):
+        raise NotImplementedError
+
+
+def test_second_judge(tmp_path, monkeypatch, capsys):
+    judge = importlib.import_module("second_judge")
+    monkeypatch.setenv("FASTXM_DATA", str(tmp_path / "cache"))
+    folder, random = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(60):
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"number {i}\n")
+
+    def load(run, device):
+        def generate(captions, *, seed):
+            noise = torch.rand(len(captions), 3, 8, 8)
+            return noise if run.name == "noise" else torch.zeros_like(noise)
+
+        return types.SimpleNamespace(image_size=8, generate=generate)
+
+    monkeypatch.setattr(judge, "load", load)
+    monkeypatch.setattr(judge, "EfficientNetLite2", Channels)
+    runs = [str(tmp_path / name) for name in ("noise", "black")]
+    judge.main([*runs, "--data", str(folder), "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["EffLite2-FD"]
+    assert set(found) == {"noise", "black", "real held-out pictures"}
+    assert found["noise"] < 0.01  # of the same law as the real ones
+    assert found["black"] == pytest.approx(3 * 0.5**2, rel=0.1)
+    assert "black: 0." in capsys.readouterr().out

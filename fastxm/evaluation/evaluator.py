@@ -162,21 +162,21 @@ class Evaluation:
             "real against real": judge.of(judge.others),
         }
 
+    def captions_of(self, dataset: CaptionedImages) -> Captions:
+        """As many captions of these pictures as there are real ones in a distance: of fewer
+        pictures each comes several times, with a choice among its captions anew each time."""
+        random, count = np.random.default_rng(self.seed), len(self.judge.rows)
+        turns = [random.permutation(len(dataset)) for _ in range(-(-count // len(dataset)))]
+        return Captions.of(dataset, np.concatenate(turns)[:count], self.seed)
+
     def on_held_out(
         self, dataset: CaptionedImages
     ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-        """Distances and retrieval of held-out captions and pictures.
-
-        As many are drawn as of training captions: where fewer pictures are held out, each is drawn
-        of several times, with noise and a choice among its captions anew each time.
-        """
+        """Distances and retrieval of held-out captions and pictures, each drawn from noise anew."""
         judge = self.judge
         chosen, real = ordinary(dataset, judge.encoder, self.progress)
-        random, count = np.random.default_rng(self.seed), len(judge.rows)
-        turns = [random.permutation(len(chosen)) for _ in range(-(-count // len(chosen)))]
-        order = np.concatenate(turns)[:count]
-        captions = Captions.of(chosen, order, self.seed)
-        drawn = self.draw(captions.texts, "held-out captions")
+        captions = self.captions_of(chosen)
+        drawn, order = self.draw(captions.texts, "held-out captions"), captions.rows
         once = order[: len(chosen)]
         distance = {"held-out captions": judge.of(drawn, len(once))}
         if len(once) > 1:

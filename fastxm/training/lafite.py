@@ -146,7 +146,7 @@ class LAFITETraining:
         if self.corpus == OF_ENCODER and self.encoder:
             raise ValueError(
                 "corpus encoder is what an encoder trained here learnt from: "
-                "with an encoder that is given, give a file"
+                "with an encoder that is given, give a file, or '' for none"
             )
 
 
