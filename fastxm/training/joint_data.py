@@ -75,7 +75,10 @@ class JointData:
                 f"{config.encoder} gives embeddings of width {self.encoder.width}, "
                 f"the configuration has embedding {config.model.embedding}"
             )
-        corpus = self.open_corpus(config.corpus) if config.corpus else None
+        named = config.corpus
+        if named == "auto":
+            named = "" if config.encoder else OF_ENCODER
+        corpus = self.open_corpus(named) if named else None
         self.embed = partial(Embeddings, encoder=self.encoder, corpus=corpus)
 
     def open(self, config: Any) -> tuple[CaptionedImages, CaptionedImages]:

@@ -59,8 +59,8 @@ class LAFITETraining:
     pairs do not have, or all; auto is styles, with --encoder all."""
     corpus: str = ""
     """Texts of no picture in particular, whose mean given a picture's embedding its pseudo texts
-    are around, instead of around the embedding: a file, one a line, or "encoder", the captions that
-    the encoder was trained on."""
+    are around, instead of around the embedding: a file, one a line; "encoder", the captions that
+    the encoder was trained on; or "auto", those, and none with --encoder."""
     label_fraction: float = 0.0
     """Share of the pictures whose captions are learnt from, in [0, 1]."""
     batch_size: int = 64
@@ -146,7 +146,7 @@ class LAFITETraining:
         if self.corpus == OF_ENCODER and self.encoder:
             raise ValueError(
                 "corpus encoder is what an encoder trained here learnt from: "
-                "with an encoder that is given, give a file, or '' for none"
+                "with an encoder that is given, give a file"
             )
 
 

@@ -367,9 +367,17 @@ def test_the_corpus_of_the_encoder_is_what_it_was_trained_on(monkeypatch, data):
         joint_data, "embed_captions",
         lambda pairs, encoder: asked.append(pairs) or encoder.embed_text(torch.randn(12, 6)),
     )  # fmt: skip
-    config = vdl(data, "", encoder="", corpus="encoder").config
-    joint_data.JointData(config, torch.device("cpu"))
-    assert told(asked[0]) == told(leak_free(str(data), 16).encoder)
+    for corpus in ("encoder", "auto"):
+        config = vdl(data, "", encoder="", corpus=corpus).config
+        joint_data.JointData(config, torch.device("cpu"))
+        assert told(asked.pop()) == told(leak_free(str(data), 16).encoder)
+
+
+def test_an_encoder_that_is_given_has_no_corpus_of_its_own(data, clip):
+    _, batch = built(vdl(data, clip, corpus="auto"))
+    assert torch.equal(batch["centre"], batch["embedding"])
+    with pytest.raises(ValueError, match="corpus encoder is what an encoder trained here learnt"):
+        vdl(data, clip, corpus="encoder")
 
 
 def test_a_clip_without_weights(data, tmp_path):
