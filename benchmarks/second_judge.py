@@ -66,6 +66,7 @@ def distances(runs: Sequence[Path], data: str, num_images: int, encoder: Any) ->
         dual: Any = None  # nothing is retrieved
         evaluation = Evaluation(model, dual, judge, pool=100, seed=0, progress=True)
         drawn = evaluation.draw(evaluation.captions_of(chosen).texts, run.name)
+        # the judge's own name for a distance; its features are this encoder's
         found["real held-out pictures"] = judge.of(real)["EffLite0-FD"]
         found[run.name] = judge.of(drawn)["EffLite0-FD"]
         print(f"{run.name}: {found[run.name]:.1f}", flush=True)
