@@ -111,8 +111,15 @@ class Looks(nn.Module):
     def image_encoder(self) -> Any:
         """The frozen encoder of pictures, loaded when first asked for, on our device."""
         if "image" not in self._encoders:
-            from fastxm.encoders import image_encoder
+            self.load()
+        encoder, device = self._encoders["image"], self.device
+        at = next(encoder.parameters(), None)  # moving all of its tensors takes a millisecond
+        return encoder if at is not None and at.device == device else encoder.to(device)
 
-            size = getattr(self.config, "image_encoder_size", 224)
-            self._encoders["image"] = image_encoder(self.config.image_encoder, image_size=size)
-        return self._encoders["image"].to(self.device)
+    def load(self) -> None:
+        """Loads `image_encoder`, which compiled code cannot."""
+        from fastxm.encoders import image_encoder
+
+        size = getattr(self.config, "image_encoder_size", 224)
+        encoder = image_encoder(self.config.image_encoder, image_size=size)
+        self._encoders["image"] = encoder.to(self.device)

@@ -1,5 +1,6 @@
 """LAFITE's and VDL's steps: who moves in which stage, resuming, captions that are not there."""
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -393,6 +394,21 @@ def test_no_caption_leaks(data):
     assert not (named[0] | named[1]) & named[2]
     assert not told(parts.encoder) & (told(parts.generator) | told(parts.held_out))
     assert parts.lines()[-1].startswith("of the encoder's: 0 captions and 0 concepts are among")
+
+
+def test_bf16_with_every_regulariser(data, clip):
+    recipe, batch = built(lafite(data, clip, precision="bf16"))
+    metrics = recipe.step(batch)
+    assert {"path", "r1"} <= set(metrics)
+    assert all(value.isfinite() for value in metrics.values())
+
+
+def test_a_compiled_projected_discriminator_has_its_encoder(data, clip, monkeypatch):
+    quick = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", quick)
+    options = {"compile": True, "r1_every": 0, "path_every": 0}
+    recipe, batch = built(lafite(data, clip, {"discriminator": "projected"}, **options))
+    assert all(value.isfinite() for value in recipe.step(batch).values())
 
 
 def test_step_s_loss_is_the_sum_of_its_parts(data, clip):
