@@ -8,7 +8,6 @@ posterior sees. Weights are read from safetensors alone: nothing in them can run
 (Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.)
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastxm.config import read_object
 from fastxm.encoders.bert import TextBatch
 from fastxm.encoders.frozen import Frozen
 
@@ -34,8 +34,16 @@ class Transformers(nn.Module):
         present(folder, "model.safetensors", "model.safetensors.index.json")
         from transformers import AutoTokenizer, CLIPModel
 
+        kind = read_object(folder / "config.json").get("model_type")
+        if kind != "clip":
+            raise ValueError(f"{folder} holds a model of type {kind!r}, not a CLIP")
+        read: Any = CLIPModel.from_pretrained
         options: Any = {"local_files_only": True}
-        self.model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, **options)
+        reading = {"use_safetensors": True, "output_loading_info": True, **options}
+        model, found = read(folder, dtype=torch.float32, **reading)  # whatever it is kept in
+        if missing := ", ".join(sorted(found["missing_keys"])[:3]):
+            raise ValueError(f"{folder} holds no whole CLIP: its weights lack {missing}")
+        self.model: Any = model
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
         config: Any = self.model.config
         self.image_size = config.vision_config.image_size
@@ -76,7 +84,7 @@ class OpenCLIP(nn.Module):
             ) from error
         from safetensors.torch import load_file
 
-        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        config = read_object(folder / "open_clip_config.json")["model_cfg"]
         self.model = open_clip.CLIP(**config)
         self.model.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
         projection = getattr(self.model.visual, "proj", None)
@@ -118,6 +126,7 @@ class CLIP(Frozen):
 
     Raises:
         FileNotFoundError: there is no such directory, or it has no CLIP or no weights.
+        ValueError: the model in it is another, or some of its weights are missing.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
