@@ -222,7 +222,7 @@ class Generator(nn.Module):
         """
         words, sentence = (scaled(text, self.config.text_scale) for text in (words, sentence))
         z, e = noise.split([self.config.z_dim, self.config.cond_dim], 1)
-        mean, log_var = map(at_least_float, self.augmentation(sentence))
+        mean, log_var = self.augmentation(sentence)
         condition = draw(mean, log_var, e)
         x = self.first(torch.cat([condition, z], 1))
         maps = [x]
