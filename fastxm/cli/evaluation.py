@@ -98,7 +98,7 @@ def evaluate(arguments: list[str]) -> None:
                 generator, data, num_images=num_images, seed=seed
             )
         elif isinstance(generator, fastxm.CrossModalAutoencoder):
-            told = evaluation.evaluate_selfsup(model, data, seed=seed, device=device)
+            told = evaluation.evaluate_selfsup(model, data, seed=seed, device=generator.device)
         show_tables(told)
         found |= told
         if out is not None:

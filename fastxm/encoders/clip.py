@@ -149,10 +149,6 @@ class CLIP(Frozen):
         self.image_encoder, self.text_encoder = Images(self), Texts(self)
 
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
     def temperature(self) -> float:
         """Of the softmax over cosines that was learnt."""
         return math.exp(-self.tower.model.logit_scale.item())

@@ -14,6 +14,10 @@ from typing_extensions import Self
 class Frozen(nn.Module):
     """A network in evaluation mode whose parameters take no gradient; its inputs may."""
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def freeze(self) -> Self:
         """Called once, when the weights are in."""
         return self.requires_grad_(False).train(False)
@@ -53,7 +57,7 @@ class FrozenImages(Frozen):
         return self.pool(self.features(images))
 
     def resized(self, images: Tensor) -> Tensor:
-        """Images at image_size, bilinear with antialiasing.
+        """Images at image_size, bilinear with antialiasing, on the encoder's device.
 
         Raises:
             ValueError: they are no images.
@@ -62,7 +66,7 @@ class FrozenImages(Frozen):
             raise ValueError(
                 f"images are floats [B, 3, H, W] in [0, 1], not {images.dtype} {images.shape}"
             )
-        size = self.image_size
+        images, size = images.to(self.device), self.image_size
         if size is None or images.shape[-2:] == (size, size):
             return images
         return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -78,10 +82,9 @@ class FrozenImages(Frozen):
     @torch.no_grad()
     def embed(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Pooled features [N, width] of many images [N, 3, H, W] in [0, 1], a few at a time."""
-        device = next(self.parameters()).device
         # at 16 pictures the maps stay in a CPU's cache: twice the speed of 64
-        batch_size = batch_size or (16 if device.type == "cpu" else 256)
-        parts = [self(part.to(device)) for part in images.split(batch_size)]
+        batch_size = batch_size or (16 if self.device.type == "cpu" else 256)
+        parts = [self(part) for part in images.split(batch_size)]
         return torch.cat(parts) if len(images) else images.new_zeros(0, self.width)
 
 
