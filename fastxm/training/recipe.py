@@ -72,6 +72,9 @@ class Recipe(ABC):
     def build(self) -> None:
         """Networks, optimisers and data, from nothing."""
 
+    def begin(self) -> None:  # noqa: B027 (most begin with nothing)
+        """What a run that is not resumed takes over from others, after `build`."""
+
     @abstractmethod
     def step(self, batch: Any) -> dict[str, Tensor]:
         """One update of every player; the metrics are scalar tensors."""

@@ -1,6 +1,7 @@
 """The one loop: data -> step -> log, sample, checkpoint. It knows no model."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -109,9 +110,12 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         resume: goes on from the last checkpoint in `out` if there is one.
 
     Raises:
-        ValueError: `out` holds a run and `resume` is false, or the checkpoint is another system's.
+        ValueError: `out` holds a run and `resume` is false, the checkpoint is another system's, or
+            this is one of several processes.
         NonFiniteLoss: training diverged.
     """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError("fastxm train runs on one device: start it without torchrun")
     if not resume:
         is_fresh(out)
     kept = checkpoint.steps(out / "checkpoints")
@@ -121,7 +125,11 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
     if recipe.device.type == "cpu":
         keep_freed_memory()
     recipe.build()
-    progress = restore(recipe, last) if last else Progress()
+    if last:
+        progress = restore(recipe, last)
+    else:
+        recipe.begin()
+        progress = Progress()
     configs.write(out / "config.yaml", recipe.system, recipe.config)
     with RunLog(out, progress.step) as log, stop_signals() as stopped:
         run = Loop(recipe, out, loop, log, progress)

@@ -99,8 +99,7 @@ class VDLRecipe(LAFITERecipe):
         super().__init__(config)
         self.multiplier = 1.0  # of beta, where a target holds the KL
 
-    def build(self) -> None:
-        super().build()
+    def begin(self) -> None:
         if self.config.stage1:
             self.take(Path(self.config.stage1))
 

@@ -37,6 +37,13 @@ def test_a_run_leaves_what_it_says(tmp_path):
     assert list((run.out / "tensorboard").iterdir())
 
 
+def test_one_of_many_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    with pytest.raises(ValueError, match="runs on one device"):
+        train(Toy(), tmp_path / "run", LOOP)
+    assert not (tmp_path / "run").exists()
+
+
 def test_metrics_are_means_over_the_interval(tmp_path):
     every = train(Toy(), tmp_path / "a", LoopConfig(steps=6, log_every=1))
     third = train(Toy(), tmp_path / "b", LoopConfig(steps=6, log_every=3))

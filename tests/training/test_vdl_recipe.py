@@ -424,6 +424,7 @@ def test_step_s_loss_is_the_sum_of_its_parts(data, clip):
 def test_a_run_of_lafite_stands_in_for_stage_1(data, clip, tmp_path):
     first = train(lafite(data, clip), tmp_path / "first", replace(LOOP, steps=2))
     recipe, batch = built(vdl(data, clip, stage1=str(first.out), lr=1e-3))
+    recipe.begin()
     found = LAFITE.from_pretrained(first.model).generator.state_dict()
     average = recipe.average().state_dict()
     assert all(torch.equal(found[name], average[name]) for name in found)
@@ -437,6 +438,9 @@ def test_a_run_of_lafite_stands_in_for_stage_1(data, clip, tmp_path):
         "stage1" not in whole.out.joinpath("checkpoints/step-00000005/checkpoint.json").read_text()
     )
     with pytest.raises(ValueError, match=r"stage1: .* has no checkpoint"):
-        vdl(data, clip, stage1=str(tmp_path)).build()
+        built(vdl(data, clip, stage1=str(tmp_path)))[0].begin()
     with pytest.raises(ValueError, match=r"stage1: .* is of other networks"):
-        vdl(data, clip, {"channel_max": 3}, stage1=str(first.out)).build()
+        built(vdl(data, clip, {"channel_max": 3}, stage1=str(first.out)))[0].begin()
+    shutil.rmtree(first.out)  # all of it that counts is in the checkpoint
+    longer = replace(LOOP, steps=6)
+    assert train(vdl(data, clip, stage1=str(first.out)), whole.out, longer, resume=True).step == 6
