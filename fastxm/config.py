@@ -47,7 +47,13 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if value not in typing.get_args(kind):
             raise ValueError(f"{where} is one of {typing.get_args(kind)}, not {value!r}")
         return value
-    if isinstance(value, bool) != (origin is bool):
+    loses = (
+        value is None
+        or (origin is int and isinstance(value, float) and not value.is_integer())
+        or (origin is str and isinstance(value, (list, dict)))
+        or (origin is tuple and isinstance(value, str))  # which would be its letters
+    )
+    if loses or isinstance(value, bool) != (origin is bool):
         raise ValueError(f"{where} must be {origin.__name__}, not {value!r}")
     try:
         return origin(value)  # YAML reads 2e-4 as text, and a tuple as a list

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastxm.data import CaptionedImages, open_dataset
+from fastxm.data.folder import utf8
 from fastxm.data.image_features import image_features
 from fastxm.data.leak_free import leak_free
 from fastxm.data.subsets import principal
@@ -124,8 +125,9 @@ class JointData:
         else:
             if not Path(name).is_file():
                 raise FileNotFoundError(f"corpus: there is no file {name}")
-            lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
-            texts = sorted(filter(None, lines), key=len)  # of like lengths together
+            with utf8(Path(name)):
+                lines = Path(name).read_text(encoding="utf-8").splitlines()
+            texts = sorted(filter(None, map(str.strip, lines)), key=len)  # of like lengths together
             if not texts:
                 raise ValueError(
                     f"corpus: {name} has no caption, of which it is to have one a line"

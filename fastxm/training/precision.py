@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -23,12 +24,16 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is auto, cpu or cuda, not {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"device is auto, cpu or cuda, not {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         raise ValueError("device is cuda, but this machine or this torch has no CUDA device")
+    device = torch.device(name)
+    if (device.index or 0) >= count:
+        raise ValueError(f"device is cuda:0 to cuda:{count - 1}, not {name}")
     return device
 
 
