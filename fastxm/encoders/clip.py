@@ -10,6 +10,7 @@ posterior sees. Weights are read from safetensors alone: nothing in them can run
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ class Transformers(nn.Module):
     def image(self, pixels: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=pixels).pooler_output
 
+    def fits(self, caption: str) -> bool:
+        return len(self.tokenizer(caption)["input_ids"]) <= self.words
+
     def text(self, captions: list[str], device: torch.device) -> Tensor:
         options = {"padding": True, "truncation": True, "max_length": self.words}
         tokens = self.tokenizer(captions, return_tensors="pt", **options)
@@ -101,6 +105,9 @@ class OpenCLIP(nn.Module):
 
     def image(self, pixels: Tensor) -> Tensor:
         return self.model.visual(pixels)
+
+    def fits(self, caption: str) -> bool:
+        return len(self.tokenizer.encode(caption)) + 2 <= self.words
 
     def text(self, captions: list[str], device: torch.device) -> Tensor:
         return self.model.encode_text(self.tokenizer(captions).to(device))
@@ -182,6 +189,16 @@ class CLIP(Frozen):
         features = self.features(images) if images.ndim == 4 else images.to(self.device)
         return F.normalize(self.tower.project_image(features), dim=1)
 
+    def text_features(self, captions: list[str]) -> Tensor:
+        """[B, text_width], before the projection; of a caption too long, its clauses' mean."""
+        parts = [
+            [caption] if self.tower.fits(caption) else clauses(caption) for caption in captions
+        ]
+        whole = self.tower.text([part for several in parts for part in several], self.device)
+        if len(whole) == len(parts):
+            return whole
+        return torch.stack([part.mean(0) for part in whole.split([*map(len, parts)])])
+
     def embed_text(self, text: Sequence[str] | Tensor) -> Tensor:
         """Captions in the joint space.
 
@@ -192,7 +209,7 @@ class CLIP(Frozen):
             [B, D], rows of length 1.
         """
         given = isinstance(text, Tensor)
-        features: Any = text if given else self.tower.text(list(text), self.device)
+        features: Any = text if given else self.text_features(list(text))
         return F.normalize(self.tower.project_text(features.to(self.device)), dim=1)
 
 
@@ -214,13 +231,18 @@ class Texts:
     max_length = 1
 
     def __init__(self, clip: CLIP) -> None:
-        self.clip, self.name, self.width = clip, clip.name, clip.tower.text_width
+        self.clip, self.name, self.width = clip, f"{clip.name}-clauses", clip.tower.text_width
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextBatch:
-        sentence = self.clip.tower.text(list(captions), self.clip.device)
+        sentence = self.clip.text_features(list(captions))
         lengths = torch.ones(len(sentence), dtype=torch.int64)
         return TextBatch(sentence[:, None], sentence, lengths)
+
+
+def clauses(caption: str) -> list[str]:
+    """Its parts between full stops and commas, one at least (LAFITE's released code)."""
+    return [part.strip() for part in re.split("[.,]", caption) if part.strip()] or [caption]
 
 
 def present(folder: Path, *names: str) -> None:

@@ -57,6 +57,14 @@ def test_features_are_taken_for_what_they_are_of(clip):
     torch.testing.assert_close(evidence.mean(1), torch.zeros(5), atol=1e-6, rtol=0)
 
 
+def test_a_caption_too_long_is_the_mean_of_its_clauses(clip):
+    captions = ["red", "a red cat, and. a b, ", "a, cat", ".,.,.,.,.,.,.,.,"]
+    features = clip.text_features(captions)
+    tower = clip.tower.text(["red", "a red cat", "and", "a b", "a, cat", captions[3]], "cpu")
+    expected = torch.stack([tower[0], tower[1:4].mean(0), tower[4], tower[5]])
+    torch.testing.assert_close(features, expected)
+
+
 def test_by_name(folder, clip):
     assert joint_encoder(folder).name == clip.name
 
