@@ -30,6 +30,8 @@ class GANTraining:
     loop: LoopConfig = field(default_factory=LoopConfig)
     data: str = "emoji"
     """"emoji", or a folder of captioned pictures."""
+    resize: Literal["crop", "stretch"] = "crop"
+    """Of a folder's pictures: cut the middle square, or keep all, out of proportion."""
     batch_size: int = 64
     """Pictures in an update."""
     lr_g: float = 1e-4
@@ -94,6 +96,12 @@ class GANRecipe(Recipe):
         self.config = replace(config, precision=precision)
         self.images_per_step = config.batch_size
 
+    def identity(self) -> dict[str, Any]:
+        made = super().identity()
+        if made.get("resize") == "crop":  # of which runs from before there was a choice say nothing
+            del made["resize"]
+        return made
+
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """words, sentence and lengths of captions, on the training device."""
@@ -110,8 +118,9 @@ class GANRecipe(Recipe):
             features: from a data set to its text features, as `CaptionedBatches` takes them.
         """
         config = self.config
-        train = open_dataset(config.data, image_size, "train")
-        held_out = open_dataset(config.data, image_size, "val")
+        options = {} if config.data == "emoji" else {"resize": config.resize}
+        train = open_dataset(config.data, image_size, "train", **options)
+        held_out = open_dataset(config.data, image_size, "val", **options)
         self.captions = sample_captions([train, held_out], config.samples)
         return CaptionedBatches(
             train,
