@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastxm.config import read_object
 from fastxm.encoders.bert import TextBatch
-from fastxm.encoders.frozen import Frozen
+from fastxm.encoders.frozen import Frozen, exact_convolutions, keep_spread, standard
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -151,6 +151,7 @@ class CLIP(Frozen):
             )
         self.width, self.evidence_width = self.tower.width, self.tower.evidence_width
         self.image_size = self.tower.image_size
+        keep_spread(self, MEAN, STD)
         self.freeze()
         self.name = f"{folder.name}-{self.fingerprint()}"
         self.image_encoder, self.text_encoder = Images(self), Texts(self)
@@ -170,8 +171,7 @@ class CLIP(Frozen):
         images = images.to(self.device)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-        return self.tower.image((images - mean) / std)
+        return self.tower.image(standard(self, images))
 
     def evidence(self, features: Tensor) -> Tensor:
         """The features [B, evidence_width], each row of mean 0 and variance 1."""
@@ -220,6 +220,7 @@ class Images:
         self.clip, self.name, self.width = clip, clip.name, clip.evidence_width
 
     @torch.no_grad()
+    @exact_convolutions()
     def embed(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
         """[N, evidence_width], of images [N, 3, H, W] in [0, 1], some at a time."""
         return torch.cat([self.clip.features(part) for part in images.split(batch_size)])

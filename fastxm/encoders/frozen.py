@@ -1,8 +1,9 @@
 """What every frozen encoder shares: it never trains, and its weights have a fingerprint."""
 
+import contextlib
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,28 @@ class Frozen(nn.Module):
     def fingerprint(self) -> str:
         """Eight hex digits of the weights, for the names of caches."""
         return fingerprint(self)
+
+
+def keep_spread(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Gives a network the `mean` and `std` of pixels on its device; they are no weights of it."""
+    for name, values in {"mean": mean, "std": std}.items():
+        network.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+
+def standard(network: Any, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] less the network's mean, over its spread."""
+    return (images - network.mean.to(images.dtype)) / network.std.to(images.dtype)
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Float32 convolutions of a GPU not in TF32: features are cached for any device."""
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
 
 
 class FrozenImages(Frozen):
@@ -80,6 +103,7 @@ class FrozenImages(Frozen):
         return self.classes(self(images))
 
     @torch.no_grad()
+    @exact_convolutions()
     def embed(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Pooled features [N, width] of many images [N, 3, H, W] in [0, 1], a few at a time."""
         # at 16 pictures the maps stay in a CPU's cache: twice the speed of 64

@@ -83,6 +83,15 @@ def test_bad_input_is_one_clear_error(net, tmp_path):
             image_encoder(tmp_path / name)
 
 
+def test_features_for_the_cache_are_not_of_tf32(net, monkeypatch):
+    seen, conv = [], torch.backends.cudnn.conv
+    monkeypatch.setattr(net, "pool", lambda maps: seen.append(conv.fp32_precision) or maps[0])
+    before = conv.fp32_precision
+    net.embed(waves(32))
+    assert seen == ["ieee"]
+    assert conv.fp32_precision == before
+
+
 def test_layout_features_say_where(net):
     layout, x = image_encoder("efficientnet-lite0-layout"), waves(224)
     features = layout.embed(x)
