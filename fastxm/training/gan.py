@@ -161,8 +161,7 @@ class GANRecipe(Recipe):
         """Applies gradients of (scaled) losses; fp16 skips an update that overflowed."""
         for name, values in gradients.items():
             player = self.players[name]
-            for parameter, gradient in zip(player.network.parameters(), values):
-                parameter.grad = as_laid_out(gradient, parameter)
+            player.take(values)
             self.scaler.step(player.optimizer)
             player.optimizer.zero_grad()
         self.scaler.update()
@@ -227,13 +226,6 @@ def gradients(
     return torch.autograd.grad(
         loss, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
     )
-
-
-def as_laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in the parameter's memory order: fused Adam pairs places, not indices."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
 
 
 def sample_captions(splits: list[CaptionedImages], count: int) -> list[str]:

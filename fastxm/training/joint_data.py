@@ -69,6 +69,7 @@ class JointData:
 
     def __init__(self, config: Any, device: torch.device) -> None:
         self.pairs: CaptionedImages | None = None  # of the encoder, where it is trained here
+        self.device = device
         self.train, self.held_out = self.open(config)
         self.encoder = self.open_encoder(config).to(device)
         if self.encoder.width != config.model.embedding:
@@ -110,7 +111,7 @@ class JointData:
         split: Any = "styles" if config.split == "auto" else config.split
         size = config.model.image_size
         training = DualEncoderTraining(made_of, config.data, size, split, epochs=16)
-        encoder = cached_dual_encoder(training).requires_grad_(False)
+        encoder = cached_dual_encoder(training).requires_grad_(False).to(self.device)
         pictures = self.train.select(principal(self.train))
         # the other style's own mean and spread, for which no caption is needed
         encoder.standardise(image_features(pictures, encoder.image_encoder))

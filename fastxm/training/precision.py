@@ -65,8 +65,9 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 def seed_all(seed: int, device: torch.device) -> None:
     """Seeds every global random generator; a GPU keeps to algorithms that repeat.
 
-    Where PyTorch has none, it warns: the gradient of an antialiased resize, which only the
-    pretrained image loss takes.
+    Where PyTorch has none, it warns: the gradient of an antialiased resize, which all take that
+    look at drawn pictures by a frozen network (XMC-GAN's pretrained loss, MirrorGAN's DAMSM and
+    STREAM, LAFITE's encoder and projected discriminator), and the cumulative sum of vMF's draws.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats with it alone

@@ -21,7 +21,7 @@ from fastxm.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """When the loop stops and how often it writes; nothing here changes what is computed."""
+    """When the loop stops and how often it writes; only `deterministic` changes what is drawn."""
 
     steps: int = 100_000
     """Updates in all, of a GAN those of its generator."""
@@ -35,6 +35,8 @@ class LoopConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many checkpoints stay on the disk."""
+    deterministic: bool = True
+    """Keep a GPU to algorithms that repeat; without, to its fastest, and no two runs are alike."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
@@ -125,6 +127,8 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
     if recipe.device.type == "cpu":
         keep_freed_memory()
     recipe.build()
+    if not loop.deterministic:  # which building made a GPU's algorithms
+        torch.use_deterministic_algorithms(False)
     if last:
         progress = restore(recipe, last)
     else:
