@@ -78,8 +78,9 @@ class Ours(XMCGANRecipe):
     """The recipe as it is, on random data."""
 
     def build(self) -> None:
-        width = types.SimpleNamespace(width=self.config.model.text_width)
-        with mock.patch.object(recipes, "text_encoder", return_value=width):
+        encoder = torch.nn.Module()  # of which the width alone is read
+        encoder.width = self.config.model.text_width
+        with mock.patch.object(recipes, "text_encoder", return_value=encoder):
             super().build()
 
     def open(self, image_size: int, features: object) -> RandomBatches:

@@ -1,6 +1,7 @@
 """Dataclasses from plain values and back: what YAML and JSON files hold."""
 
 import dataclasses
+import json
 import types
 import typing
 from pathlib import Path
@@ -46,12 +47,33 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if value not in typing.get_args(kind):
             raise ValueError(f"{where} is one of {typing.get_args(kind)}, not {value!r}")
         return value
-    if isinstance(value, bool) != (origin is bool):
+    loses = (
+        value is None
+        or (origin is int and isinstance(value, float) and not value.is_integer())
+        or (origin is str and isinstance(value, (list, dict)))
+        or (origin is tuple and isinstance(value, str))  # which would be its letters
+    )
+    if loses or isinstance(value, bool) != (origin is bool):
         raise ValueError(f"{where} must be {origin.__name__}, not {value!r}")
     try:
         return origin(value)  # YAML reads 2e-4 as text, and a tuple as a list
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} must be {origin.__name__}, not {value!r}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object, but a {type(found).__name__}")
+    return found
 
 
 def plain(config: Any) -> Any:

@@ -30,6 +30,7 @@ def load(path: Path, device: str) -> "TextToImage":
         FileNotFoundError: there is none.
         ValueError: it is of no kind that draws.
     """
+    from fastxm.config import read_object
     from fastxm.models.pretrained import CONFIG, find_model
     from fastxm.ops.memory import keep_freed_memory
     from fastxm.training.precision import pick_device
@@ -38,7 +39,7 @@ def load(path: Path, device: str) -> "TextToImage":
     if on.type == "cpu":
         keep_freed_memory()
     folder = find_model(path)
-    kind = json.loads((folder / CONFIG).read_text()).get("model_type")
+    kind = read_object(folder / CONFIG).get("model_type")
     if kind not in MODELS:
         raise ValueError(f"{folder} holds a {kind}, which draws nothing: give a run of {MODELS}")
     return getattr(fastxm, MODELS[kind]).from_pretrained(folder).to(on)
@@ -97,7 +98,7 @@ def evaluate(arguments: list[str]) -> None:
                 generator, data, num_images=num_images, seed=seed
             )
         elif isinstance(generator, fastxm.CrossModalAutoencoder):
-            told = evaluation.evaluate_selfsup(model, data, seed=seed, device=device)
+            told = evaluation.evaluate_selfsup(model, data, seed=seed, device=generator.device)
         show_tables(told)
         found |= told
         if out is not None:

@@ -53,8 +53,11 @@ class CaptionedImages:
 
     def batch(self, indices: Any) -> Tensor:
         """Several pictures. Returns [B, 3, S, S] in [0, 1]."""
-        pixels = torch.from_numpy(np.ascontiguousarray(self.images[np.asarray(indices)]))
-        return pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
+        return self.pixels(indices).permute(0, 3, 1, 2).contiguous().float().div_(255)
+
+    def pixels(self, indices: Any) -> Tensor:
+        """Several pictures as they are kept. Returns uint8 [B, S, S, 3]."""
+        return torch.from_numpy(np.ascontiguousarray(self.images[np.asarray(indices)]))
 
     def select(self, indices: Any) -> "CaptionedImages":
         """The data set of these pictures, in this order."""

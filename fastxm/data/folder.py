@@ -9,6 +9,7 @@ tenth picture, by the hash of its name, is in val. Pictures are resized by an an
 filter, transparent ones over white.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -38,7 +39,8 @@ def source(path: Path, *, resize: str = "crop", uncaptioned: bool = False) -> So
             the picture, as XMC-GAN does.
 
     Raises:
-        ValueError: an unknown way to resize, or metadata that names no pictures or captions.
+        ValueError: an unknown way to resize, metadata that names no pictures or captions, or text
+            that is not UTF-8.
     """
     if resize not in RESIZES:
         raise ValueError(f"resize is one of {RESIZES}, not {resize!r}")
@@ -72,26 +74,41 @@ def captioned_files(root: Path) -> Iterator[tuple[Path, list[str]]]:
         for line in rows_of(table):
             if not line.get("file_name"):
                 raise ValueError(f"{table} has a row without file_name")
-            found.setdefault(table.parent / line["file_name"], []).extend(captions_of(line, table))
+            found.setdefault(table.parent / str(line["file_name"]), []).extend(
+                captions_of(line, table)
+            )
     if not tables:
         for file in sorted(root.rglob("*")):
             if file.suffix.lower() in SUFFIXES:
                 text = file.with_suffix(".txt")
-                found[file] = text.read_text("utf-8").splitlines() if text.is_file() else []
+                with utf8(text):
+                    found[file] = text.read_text("utf-8").splitlines() if text.is_file() else []
     yield from found.items()
 
 
 def rows_of(table: Path) -> Iterator[dict[str, Any]]:
-    with table.open(encoding="utf-8-sig", newline="") as file:
+    with utf8(table), table.open(encoding="utf-8-sig", newline="") as file:
         if table.suffix == ".csv":
             yield from csv.DictReader(file)
             return
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{table}:{number} is not JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{table}:{number} is not an object: {line.strip()[:80]}")
+                yield row
+
+
+@contextlib.contextmanager
+def utf8(file: Path) -> Iterator[None]:
+    """Names the file that is not in UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
 
 
 def captions_of(row: dict[str, Any], table: Path) -> list[str]:

@@ -6,7 +6,6 @@ Data-Efficient GAN Training, NeurIPS 2020).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BRIGHTNESS, SATURATION, CONTRAST, SHIFT_Y, SHIFT_X, CUT_Y, CUT_X = range(7)
@@ -89,10 +88,12 @@ def translate(images: Tensor, parameters: Tensor) -> Tensor:
     """
     B, C, H, W = images.shape
     room_y, room_x = round(H * SHIFT), round(W * SHIFT)
-    padded = F.pad(images, (room_x, room_x, room_y, room_y), mode="replicate")
-    rows = origins(parameters[:, SHIFT_Y], 2 * room_y) + torch.arange(H, device=images.device)
-    columns = origins(parameters[:, SHIFT_X], 2 * room_x) + torch.arange(W, device=images.device)
-    tall = padded.gather(2, rows[:, None, :, None].expand(B, C, H, padded.shape[3]))
+    rows, columns = (
+        (origins(parameters[:, shift], 2 * room) - room + torch.arange(side, device=images.device))
+        .clamp(0, side - 1)
+        for shift, room, side in ((SHIFT_Y, room_y, H), (SHIFT_X, room_x, W))
+    )  # fmt: skip
+    tall = images.gather(2, rows[:, None, :, None].expand(B, C, H, W))
     return tall.gather(3, columns[:, None, None, :].expand(B, C, H, W))
 
 

@@ -65,6 +65,7 @@ def joint_encoder(directory: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: there is none, or it has no weights.
+        ValueError: it holds another model, or not all of one.
     """
     from fastxm.encoders.clip import CLIP
     from fastxm.encoders.dual import DualEncoder

@@ -78,9 +78,8 @@ class BERT(Frozen):
         """
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
             raise TypeError("a text encoder takes a list of captions (str)")
-        device = next(self.model.parameters()).device
         if len(captions) == 0:
-            return empty(self.max_length, self.width, device)
+            return empty(self.max_length, self.width, self.device)
         reference = self.sentence == "reference"
         tokens = self.tokenizer(
             list(captions),
@@ -88,7 +87,7 @@ class BERT(Frozen):
             max_length=self.max_length,
             padding="max_length" if reference else "longest",
             return_tensors="pt",
-        ).to(device)
+        ).to(self.device)
         words = self.model(**tokens).last_hidden_state.float()  # [B, T or fewer, E]
         mask = tokens["attention_mask"]  # [B, T or fewer]
         lengths = mask.sum(1)

@@ -8,9 +8,9 @@ posterior sees. Weights are read from safetensors alone: nothing in them can run
 (Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.)
 """
 
-import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastxm.config import read_object
 from fastxm.encoders.bert import TextBatch
-from fastxm.encoders.frozen import Frozen
+from fastxm.encoders.frozen import Frozen, exact_convolutions, keep_spread, standard
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,8 +35,16 @@ class Transformers(nn.Module):
         present(folder, "model.safetensors", "model.safetensors.index.json")
         from transformers import AutoTokenizer, CLIPModel
 
+        kind = read_object(folder / "config.json").get("model_type")
+        if kind != "clip":
+            raise ValueError(f"{folder} holds a model of type {kind!r}, not a CLIP")
+        read: Any = CLIPModel.from_pretrained
         options: Any = {"local_files_only": True}
-        self.model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, **options)
+        reading = {"use_safetensors": True, "output_loading_info": True, **options}
+        model, found = read(folder, dtype=torch.float32, **reading)  # whatever it is kept in
+        if missing := ", ".join(sorted(found["missing_keys"])[:3]):
+            raise ValueError(f"{folder} holds no whole CLIP: its weights lack {missing}")
+        self.model: Any = model
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
         config: Any = self.model.config
         self.image_size = config.vision_config.image_size
@@ -48,6 +57,9 @@ class Transformers(nn.Module):
 
     def image(self, pixels: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=pixels).pooler_output
+
+    def fits(self, caption: str) -> bool:
+        return len(self.tokenizer(caption)["input_ids"]) <= self.words
 
     def text(self, captions: list[str], device: torch.device) -> Tensor:
         options = {"padding": True, "truncation": True, "max_length": self.words}
@@ -76,7 +88,7 @@ class OpenCLIP(nn.Module):
             ) from error
         from safetensors.torch import load_file
 
-        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        config = read_object(folder / "open_clip_config.json")["model_cfg"]
         self.model = open_clip.CLIP(**config)
         self.model.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
         projection = getattr(self.model.visual, "proj", None)
@@ -93,6 +105,9 @@ class OpenCLIP(nn.Module):
 
     def image(self, pixels: Tensor) -> Tensor:
         return self.model.visual(pixels)
+
+    def fits(self, caption: str) -> bool:
+        return len(self.tokenizer.encode(caption)) + 2 <= self.words
 
     def text(self, captions: list[str], device: torch.device) -> Tensor:
         return self.model.encode_text(self.tokenizer(captions).to(device))
@@ -118,6 +133,7 @@ class CLIP(Frozen):
 
     Raises:
         FileNotFoundError: there is no such directory, or it has no CLIP or no weights.
+        ValueError: the model in it is another, or some of its weights are missing.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -135,13 +151,10 @@ class CLIP(Frozen):
             )
         self.width, self.evidence_width = self.tower.width, self.tower.evidence_width
         self.image_size = self.tower.image_size
+        keep_spread(self, MEAN, STD)
         self.freeze()
         self.name = f"{folder.name}-{self.fingerprint()}"
         self.image_encoder, self.text_encoder = Images(self), Texts(self)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
     @property
     def temperature(self) -> float:
@@ -158,8 +171,7 @@ class CLIP(Frozen):
         images = images.to(self.device)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-        return self.tower.image((images - mean) / std)
+        return self.tower.image(standard(self, images))
 
     def evidence(self, features: Tensor) -> Tensor:
         """The features [B, evidence_width], each row of mean 0 and variance 1."""
@@ -177,6 +189,16 @@ class CLIP(Frozen):
         features = self.features(images) if images.ndim == 4 else images.to(self.device)
         return F.normalize(self.tower.project_image(features), dim=1)
 
+    def text_features(self, captions: list[str]) -> Tensor:
+        """[B, text_width], before the projection; of a caption too long, its clauses' mean."""
+        parts = [
+            [caption] if self.tower.fits(caption) else clauses(caption) for caption in captions
+        ]
+        whole = self.tower.text([part for several in parts for part in several], self.device)
+        if len(whole) == len(parts):
+            return whole
+        return torch.stack([part.mean(0) for part in whole.split([*map(len, parts)])])
+
     def embed_text(self, text: Sequence[str] | Tensor) -> Tensor:
         """Captions in the joint space.
 
@@ -187,7 +209,7 @@ class CLIP(Frozen):
             [B, D], rows of length 1.
         """
         given = isinstance(text, Tensor)
-        features: Any = text if given else self.tower.text(list(text), self.device)
+        features: Any = text if given else self.text_features(list(text))
         return F.normalize(self.tower.project_text(features.to(self.device)), dim=1)
 
 
@@ -198,6 +220,7 @@ class Images:
         self.clip, self.name, self.width = clip, clip.name, clip.evidence_width
 
     @torch.no_grad()
+    @exact_convolutions()
     def embed(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
         """[N, evidence_width], of images [N, 3, H, W] in [0, 1], some at a time."""
         return torch.cat([self.clip.features(part) for part in images.split(batch_size)])
@@ -209,13 +232,18 @@ class Texts:
     max_length = 1
 
     def __init__(self, clip: CLIP) -> None:
-        self.clip, self.name, self.width = clip, clip.name, clip.tower.text_width
+        self.clip, self.name, self.width = clip, f"{clip.name}-clauses", clip.tower.text_width
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextBatch:
-        sentence = self.clip.tower.text(list(captions), self.clip.device)
+        sentence = self.clip.text_features(list(captions))
         lengths = torch.ones(len(sentence), dtype=torch.int64)
         return TextBatch(sentence[:, None], sentence, lengths)
+
+
+def clauses(caption: str) -> list[str]:
+    """Its parts between full stops and commas, one at least (LAFITE's released code)."""
+    return [part.strip() for part in re.split("[.,]", caption) if part.strip()] or [caption]
 
 
 def present(folder: Path, *names: str) -> None:

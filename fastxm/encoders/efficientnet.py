@@ -174,12 +174,25 @@ def package_weights() -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from a .pth that holds tensors alone."""
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """A state dict from safetensors, or from a .pth that holds tensors alone.
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ValueError(f"{path} holds no state dict: names and tensors, as torch.save wrote them")
+    return state
 
 
 def folded(published: dict[str, Tensor], blocks: nn.ModuleList) -> "OrderedDict[str, Tensor]":

@@ -1,8 +1,9 @@
 """What every frozen encoder shares: it never trains, and its weights have a fingerprint."""
 
+import contextlib
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from typing_extensions import Self
 
 class Frozen(nn.Module):
     """A network in evaluation mode whose parameters take no gradient; its inputs may."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def freeze(self) -> Self:
         """Called once, when the weights are in."""
@@ -25,6 +30,28 @@ class Frozen(nn.Module):
     def fingerprint(self) -> str:
         """Eight hex digits of the weights, for the names of caches."""
         return fingerprint(self)
+
+
+def keep_spread(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Gives a network the `mean` and `std` of pixels on its device; they are no weights of it."""
+    for name, values in {"mean": mean, "std": std}.items():
+        network.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+
+def standard(network: Any, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] less the network's mean, over its spread."""
+    return (images - network.mean.to(images.dtype)) / network.std.to(images.dtype)
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Float32 convolutions of a GPU not in TF32: features are cached for any device."""
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
 
 
 class FrozenImages(Frozen):
@@ -53,7 +80,7 @@ class FrozenImages(Frozen):
         return self.pool(self.features(images))
 
     def resized(self, images: Tensor) -> Tensor:
-        """Images at image_size, bilinear with antialiasing.
+        """Images at image_size, bilinear with antialiasing, on the encoder's device.
 
         Raises:
             ValueError: they are no images.
@@ -62,7 +89,7 @@ class FrozenImages(Frozen):
             raise ValueError(
                 f"images are floats [B, 3, H, W] in [0, 1], not {images.dtype} {images.shape}"
             )
-        size = self.image_size
+        images, size = images.to(self.device), self.image_size
         if size is None or images.shape[-2:] == (size, size):
             return images
         return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -76,12 +103,12 @@ class FrozenImages(Frozen):
         return self.classes(self(images))
 
     @torch.no_grad()
+    @exact_convolutions()
     def embed(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Pooled features [N, width] of many images [N, 3, H, W] in [0, 1], a few at a time."""
-        device = next(self.parameters()).device
         # at 16 pictures the maps stay in a CPU's cache: twice the speed of 64
-        batch_size = batch_size or (16 if device.type == "cpu" else 256)
-        parts = [self(part.to(device)) for part in images.split(batch_size)]
+        batch_size = batch_size or (16 if self.device.type == "cpu" else 256)
+        parts = [self(part) for part in images.split(batch_size)]
         return torch.cat(parts) if len(images) else images.new_zeros(0, self.width)
 
 
@@ -111,8 +138,15 @@ class Looks(nn.Module):
     def image_encoder(self) -> Any:
         """The frozen encoder of pictures, loaded when first asked for, on our device."""
         if "image" not in self._encoders:
-            from fastxm.encoders import image_encoder
+            self.load()
+        encoder, device = self._encoders["image"], self.device
+        at = next(encoder.parameters(), None)  # moving all of its tensors takes a millisecond
+        return encoder if at is not None and at.device == device else encoder.to(device)
 
-            size = getattr(self.config, "image_encoder_size", 224)
-            self._encoders["image"] = image_encoder(self.config.image_encoder, image_size=size)
-        return self._encoders["image"].to(self.device)
+    def load(self) -> None:
+        """Loads `image_encoder`, which compiled code cannot."""
+        from fastxm.encoders import image_encoder
+
+        size = getattr(self.config, "image_encoder_size", 224)
+        encoder = image_encoder(self.config.image_encoder, image_size=size)
+        self._encoders["image"] = encoder.to(self.device)

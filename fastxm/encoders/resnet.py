@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastxm.encoders.frozen import FrozenImages
+from fastxm.encoders.frozen import FrozenImages, keep_spread, standard
 
 STAGES = [(64, 3), (128, 4), (256, 6), (512, 3)]  # width, blocks
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
@@ -70,14 +70,14 @@ class ResNet50(FrozenImages):
             self.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise ValueError("these are not weights of a ResNet-50") from error
+        keep_spread(self, MEAN, STD)
         self.freeze()
         self.name = f"resnet50-{image_size or 'any'}-{self.fingerprint()}"
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Maps of images [B, 3, H, W] in [0, 1], of strides 4, 8, 16 and 32."""
         images = self.resized(images)
-        mean, std = (images.new_tensor(value)[:, None, None] for value in (MEAN, STD))
-        x = F.relu(self.bn1(self.conv1((images - mean) / std)))
+        x = F.relu(self.bn1(self.conv1(standard(self, images))))
         maps = [F.max_pool2d(x, 3, 2, 1)]
         for i in range(len(STAGES)):
             maps.append(getattr(self, f"layer{i + 1}")(maps[-1]))

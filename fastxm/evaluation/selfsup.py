@@ -75,12 +75,11 @@ def evaluate_selfsup(
         num_images: of each split, at most.
         permutations: of the test whether mapped codes are distributed as true ones.
         seed: of what is chosen and of noise.
-        device: where it is computed; auto is the CPU.
+        device: where it is computed.
 
     Returns:
         tables by title, of rows by name, of figures by name.
     """
-    device = "cpu" if device == "auto" else device
     models = {name: model.to(device) for name, model in find_maps(Path(run)).items()}
     model = next(iter(models.values()))
     splits = [

@@ -235,8 +235,7 @@ class Block(nn.Module):
         if self.up is not None:
             x = self.up(x, ws[0], text, noise)
         x = self.conv(x, ws[self.layers - 1], text, noise)
-        colours = self.to_rgb(x, ws[self.layers], text)
-        colours = at_least_float(colours)
+        colours = at_least_float(self.to_rgb(x, ws[self.layers], text))
         return x, colours if rgb is None else upsample(rgb) + colours
 
 
@@ -251,8 +250,10 @@ class Mapping(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        """[B, z_dim] -> [B, w_dim]."""
-        return self.layers(z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8))
+        """[B, z_dim] -> [B, w_dim], at least float32: path lengths are gradients to it."""
+        z = at_least_float(z)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.layers(z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8))
 
 
 class Generator(nn.Module):
@@ -361,8 +362,7 @@ class Discriminator(nn.Module):
         x = self.from_rgb(images)
         for block in self.blocks:
             x = block(x)
-        x = self.conv(with_deviation(x))
-        x = at_least_float(x)
+        x = at_least_float(self.conv(with_deviation(x)))
         with torch.autocast(x.device.type, enabled=False):
             x = self.hidden(x.flatten(1))
             realness, semantic = self.realness(x).squeeze(1), self.semantic(x)

@@ -143,12 +143,6 @@ class GlobalLocalAttention(nn.Module):
         whole = sentence * self.gate(x * sentence).float().softmax(1).to(x.dtype)
         return torch.cat([local.mT.unflatten(2, x.shape[2:]).to(x.dtype), whole], 1)
 
-    def weights(self, x: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
-        """How much each place attends to each word: [B, T, H, W]."""
-        logits = self.word(words) @ x.flatten(2)  # [B, T, N]
-        logits = logits.masked_fill(~present(words, lengths)[:, :, None], -torch.inf)
-        return logits.softmax(1).unflatten(2, x.shape[2:])
-
 
 def present(words: Tensor, lengths: Tensor) -> Tensor:
     """[B, T], which words are there."""
@@ -222,7 +216,7 @@ class Generator(nn.Module):
         """
         words, sentence = (scaled(text, self.config.text_scale) for text in (words, sentence))
         z, e = noise.split([self.config.z_dim, self.config.cond_dim], 1)
-        mean, log_var = map(at_least_float, self.augmentation(sentence))
+        mean, log_var = self.augmentation(sentence)
         condition = draw(mean, log_var, e)
         x = self.first(torch.cat([condition, z], 1))
         maps = [x]

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastxm.config import construct
+from fastxm.config import construct, read_object
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Self = TypeVar("Self", bound="Pretrained")
@@ -72,11 +72,8 @@ class Pretrained(nn.Module):
     @classmethod
     def read_config(cls, path: Path) -> Any:
         """The config dataclass from a config.json of this model."""
-        try:
-            fields = json.loads(path.read_text())
-            kind = fields.pop("model_type", None)
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a JSON object: {error}") from error
+        fields = read_object(path)
+        kind = fields.pop("model_type", None)
         if kind != cls.model_type:
             raise ValueError(f"{path} is of model type {kind!r}, not {cls.model_type!r}")
         return construct(cls.config_class, fields, str(path))

@@ -111,7 +111,7 @@ class VDL(LAFITE):
         """The family's member near a centre: at no shift and scale LAFITE's."""
         if self.config.family == "gaussian":
             return Gaussian(centre + shift, self.config.xi * log_scale.exp())
-        cosine = centre.new_tensor(1 + self.config.xi**2).rsqrt()
+        cosine = centre.new_full((), 1 + self.config.xi**2).rsqrt()
         k = concentration(cosine, centre.shape[1])
         # a wider posterior is a less concentrated one
         return VonMisesFisher(

@@ -3,8 +3,9 @@
     v = n(Wᵀ u)        u' = n(W v)        σ = u'ᵀ W v        weight = W / (σ + ε)
 
 W [C_out, K] is the kernel with all but its first axis flattened, n(a) = a / sqrt(Σ a² + ε),
-ε = 1e-10; u and v are constants to the gradient. u' replaces u in training only, so that the
-weights are to be normalised once a step, for real and generated images: `normalised_once`.
+ε = 1e-10; u and v are constants to the gradient. u' replaces u in training only. A network that is
+called for real and for generated images has the same weights for both in `normalised_once`; outside
+of it, each call takes a step of its own.
 (Miyato et al., Spectral Normalization for GANs, ICLR 2018.)
 """
 

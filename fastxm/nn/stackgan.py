@@ -81,8 +81,8 @@ class ConditioningAugmentation(nn.Module):
         self.linear = nn.Linear(width, 4 * code)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and the logarithm of the variance, [B, code] each, of conditions [B, width]."""
-        mean, log_variance = F.glu(self.linear(x), 1).chunk(2, 1)
+        """Mean and log variance [B, code] of conditions [B, width], at least float32."""
+        mean, log_variance = at_least_float(F.glu(self.linear(x), 1)).chunk(2, 1)
         return mean, log_variance
 
 

@@ -12,6 +12,25 @@ from fastxm.data.transforms import random_flip
 Batch = dict[str, Any]
 
 
+def place(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; on its way to a GPU nothing waits for it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def pictures(dataset: CaptionedImages, indices: Tensor, device: torch.device) -> Tensor:
+    """Pictures [B, 3, S, S] in [0, 1] on the device: a GPU is sent bytes."""
+    if device.type != "cuda":
+        return dataset.batch(indices).to(device)
+    return unpacked(place(dataset.pixels(indices), device))
+
+
+def unpacked(pixels: Tensor) -> Tensor:
+    """Bytes [B, S, S, 3] as channels_last floats [B, 3, S, S] in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).float().div_(255)
+
+
 class CaptionTable(Protocol):
     """What is known of every caption, such as `TextFeatures` and `Tokens`."""
 
@@ -58,19 +77,14 @@ class CaptionedBatches:
 
     def batch(self, indices: Tensor, numbers: Tensor) -> Batch:
         """The pictures `indices` [B] with their captions `numbers` [B]."""
-        image = self.dataset.batch(indices)
+        image = pictures(self.dataset, indices, self.device)
         if self.flip:
             image = random_flip(image)
         text = self.features.batch(self.features.row(indices, numbers))
         tensors = {"image": image, **text, "index": indices}
-        batch: Batch = {name: self.place(tensor) for name, tensor in tensors.items()}
+        batch: Batch = {name: place(tensor, self.device) for name, tensor in tensors.items()}
         pairs = zip(indices.tolist(), numbers.tolist())
         return {**batch, "caption": [self.dataset.captions[i][k] for i, k in pairs]}
-
-    def place(self, tensor: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         return self.sampler.state_dict()

@@ -117,7 +117,7 @@ class CaptionRecipe(Recipe):
         )
         self.epoch = len(train) / config.batch_size
         self.sight = self.eye()
-        self.table = image_features(train, self.sight) if config.cache else None
+        self.table = image_features(train, self.sight).to(self.device) if config.cache else None
         optimizer = torch.optim.AdamW(
             self.model.parameters(),
             config.lr,
@@ -157,7 +157,7 @@ class CaptionRecipe(Recipe):
         if self.table is None:
             with torch.no_grad():
                 return self.sight.embed(batch["image"])
-        return self.table[batch["index"].cpu()].to(self.device)
+        return self.table[batch["index"]]
 
     def export(self, directory: Path) -> None:
         self.model.save_pretrained(directory)

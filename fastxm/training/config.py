@@ -1,5 +1,6 @@
 """Configurations of runs: presets by system and name, and a run's config.yaml."""
 
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,14 @@ def preset(system: str, name: str) -> dict[str, Any]:
 
 
 def write(path: Path, system: str, config: Any) -> None:
-    """Writes a run's config.yaml."""
+    """Writes a run's config.yaml; what stood there stays until it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({"system": system, **plain(config)}, sort_keys=False))
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(yaml.safe_dump({"system": system, **plain(config)}, sort_keys=False))
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read(path: Path, system: str) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class EMA(Generic[N]):
         averages: list[Tensor] = list(self.network.parameters())
         parameters: list[Tensor] = list(network.parameters())
         torch._foreach_lerp_(averages, parameters, 1 - decay)
-        for mine, live in zip(self.network.buffers(), network.buffers()):
-            mine.copy_(live)
+        if buffers := list(self.network.buffers()):
+            torch._foreach_copy_(buffers, list(network.buffers()))
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:

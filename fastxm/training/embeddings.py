@@ -11,8 +11,8 @@ from torch import Tensor
 from fastxm.data import BatchSampler, CaptionedImages, text_features
 from fastxm.data.image_features import image_features
 from fastxm.data.transforms import random_flip
-
-Batch = dict[str, Any]
+from fastxm.training.batches import Batch as Batch
+from fastxm.training.batches import pictures, place
 
 
 class Embeddings:
@@ -141,11 +141,11 @@ class EmbeddedBatches:
 
     def batch(self, indices: Tensor, numbers: Tensor) -> Batch:
         """The pictures `indices` [B] with their captions `numbers` [B]."""
-        image = self.dataset.batch(indices) * 2 - 1
+        image = pictures(self.dataset, indices, self.device) * 2 - 1
         if self.flip:
             image = random_flip(image)
         tensors = {"image": image, "index": indices, **self.embeddings.batch(indices, numbers)}
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return {name: place(tensor, self.device) for name, tensor in tensors.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return self.sampler.state_dict()

@@ -30,6 +30,8 @@ class GANTraining:
     loop: LoopConfig = field(default_factory=LoopConfig)
     data: str = "emoji"
     """"emoji", or a folder of captioned pictures."""
+    resize: Literal["crop", "stretch"] = "crop"
+    """Of a folder's pictures: cut the middle square, or keep all, out of proportion."""
     batch_size: int = 64
     """Pictures in an update."""
     lr_g: float = 1e-4
@@ -94,6 +96,12 @@ class GANRecipe(Recipe):
         self.config = replace(config, precision=precision)
         self.images_per_step = config.batch_size
 
+    def identity(self) -> dict[str, Any]:
+        made = super().identity()
+        if made.get("resize") == "crop":  # of which runs from before there was a choice say nothing
+            del made["resize"]
+        return made
+
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """words, sentence and lengths of captions, on the training device."""
@@ -110,8 +118,9 @@ class GANRecipe(Recipe):
             features: from a data set to its text features, as `CaptionedBatches` takes them.
         """
         config = self.config
-        train = open_dataset(config.data, image_size, "train")
-        held_out = open_dataset(config.data, image_size, "val")
+        options = {} if config.data == "emoji" else {"resize": config.resize}
+        train = open_dataset(config.data, image_size, "train", **options)
+        held_out = open_dataset(config.data, image_size, "val", **options)
         self.captions = sample_captions([train, held_out], config.samples)
         return CaptionedBatches(
             train,
@@ -152,8 +161,7 @@ class GANRecipe(Recipe):
         """Applies gradients of (scaled) losses; fp16 skips an update that overflowed."""
         for name, values in gradients.items():
             player = self.players[name]
-            for parameter, gradient in zip(player.network.parameters(), values):
-                parameter.grad = as_laid_out(gradient, parameter)
+            player.take(values)
             self.scaler.step(player.optimizer)
             player.optimizer.zero_grad()
         self.scaler.update()
@@ -218,13 +226,6 @@ def gradients(
     return torch.autograd.grad(
         loss, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
     )
-
-
-def as_laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in the parameter's memory order: fused Adam pairs places, not indices."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
 
 
 def sample_captions(splits: list[CaptionedImages], count: int) -> list[str]:

@@ -24,6 +24,7 @@ from fastxm.data.subsets import principal
 from fastxm.encoders import image_encoder
 from fastxm.models.image_autoencoder import ImageAutoencoder, ImageAutoencoderConfig
 from fastxm.nn.stackgan import JointDiscriminator, orthogonal_
+from fastxm.training.batches import pictures, place
 from fastxm.training.ema import EMA
 from fastxm.training.precision import autocast, pick_device, pick_precision, seed_all
 from fastxm.training.recipe import Player, Recipe, Samples, State
@@ -152,8 +153,8 @@ class ImageRecipe(Recipe):
 
     def step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         rows, _ = batch
-        real = self.pyramid(self.dataset.batch(rows).to(self.device))
-        features = self.features[rows].to(self.device)
+        real = self.pyramid(pictures(self.dataset, rows, self.device))
+        features = place(self.features[rows], self.device)
         with autocast(self.config.precision, self.device):
             fake, mean, log_variance = self.model(features)
         metrics = self.update_judges(real, fake, mean)
@@ -161,7 +162,7 @@ class ImageRecipe(Recipe):
         # the discriminators' own gradients of this loss are not taken
         parameters = list(self.model.parameters())
         gradients = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
-        self.update("autoencoder", parameters, gradients)
+        self.update("autoencoder", gradients)
         self.ema.update(self.model)
         metrics = {**metrics, "loss_g": loss, **parts}
         return {name: value.detach() for name, value in metrics.items()}
@@ -180,7 +181,7 @@ class ImageRecipe(Recipe):
             with autocast(self.config.precision, self.device):
                 loss = discriminator_loss(judge, x, drawn.detach(), mean)
             parameters = list(judge.parameters())
-            self.update(f"discriminator_{size}", parameters, torch.autograd.grad(loss, parameters))
+            self.update(f"discriminator_{size}", torch.autograd.grad(loss, parameters))
             total = total + loss.detach()
         return {"loss_d": total} if self.judges else {}
 
@@ -216,13 +217,9 @@ class ImageRecipe(Recipe):
         pairs = [(2 * a - 1, 2 * b - 1) for a, b in zip(fake, below)]
         return torch.stack([losses.colour_consistency(a, b) for a, b in pairs]).sum()
 
-    def update(
-        self, name: str, parameters: list[nn.Parameter], gradients: tuple[Tensor, ...]
-    ) -> None:
-        for parameter, gradient in zip(parameters, gradients):
-            # fused Adam pairs places in memory, not indices
-            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+    def update(self, name: str, gradients: tuple[Tensor, ...]) -> None:
         player, clip = self.players[name], self.config.clip
+        player.take(gradients)
         networks: list[nn.Module] = [player.network]
         if name == "autoencoder":
             networks = [self.model.encoder, self.model.decoder]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastxm.data import CaptionedImages, open_dataset
+from fastxm.data.folder import utf8
 from fastxm.data.image_features import image_features
 from fastxm.data.leak_free import leak_free
 from fastxm.data.subsets import principal
@@ -68,6 +69,7 @@ class JointData:
 
     def __init__(self, config: Any, device: torch.device) -> None:
         self.pairs: CaptionedImages | None = None  # of the encoder, where it is trained here
+        self.device = device
         self.train, self.held_out = self.open(config)
         self.encoder = self.open_encoder(config).to(device)
         if self.encoder.width != config.model.embedding:
@@ -109,7 +111,7 @@ class JointData:
         split: Any = "styles" if config.split == "auto" else config.split
         size = config.model.image_size
         training = DualEncoderTraining(made_of, config.data, size, split, epochs=16)
-        encoder = cached_dual_encoder(training).requires_grad_(False)
+        encoder = cached_dual_encoder(training).requires_grad_(False).to(self.device)
         pictures = self.train.select(principal(self.train))
         # the other style's own mean and spread, for which no caption is needed
         encoder.standardise(image_features(pictures, encoder.image_encoder))
@@ -124,8 +126,9 @@ class JointData:
         else:
             if not Path(name).is_file():
                 raise FileNotFoundError(f"corpus: there is no file {name}")
-            lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
-            texts = sorted(filter(None, lines), key=len)  # of like lengths together
+            with utf8(Path(name)):
+                lines = Path(name).read_text(encoding="utf-8").splitlines()
+            texts = sorted(filter(None, map(str.strip, lines)), key=len)  # of like lengths together
             if not texts:
                 raise ValueError(
                     f"corpus: {name} has no caption, of which it is to have one a line"

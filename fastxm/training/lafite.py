@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from fastxm import losses
 from fastxm.data import CaptionedImages
 from fastxm.data.transforms import augment, parse, random_square
+from fastxm.encoders.frozen import Looks
 from fastxm.models.lafite import LAFITE, LAFITEConfig
 from fastxm.models.pretrained import Pretrained
 from fastxm.nn.directions import Noise, draw_noise
@@ -111,7 +112,7 @@ class LAFITETraining:
     """Let the discriminator judge what the generator's update drew, not pictures drawn anew."""
     flip: bool = False
     """Mirror half of the real pictures."""
-    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of convolutions and matrix products; auto is bf16 where the device has it."""
     compile: bool = False
     """torch.compile what no second derivative is taken of."""
@@ -177,6 +178,8 @@ class LAFITERecipe(GANRecipe):
         self.synthesis: Callable[..., Any] = model.generator.synthesis
         self.discriminator: Callable[..., Any] = model.discriminator
         if config.compile:
+            if isinstance(model.discriminator, Looks):
+                model.discriminator.load()
             self.synthesis = torch.compile(self.synthesis, fullgraph=True)
             self.discriminator = torch.compile(self.discriminator, fullgraph=True)
         self.players = self.make_players()

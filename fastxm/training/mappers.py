@@ -124,8 +124,7 @@ class Mapper(ABC):
         """Descends one player's loss; the others' gradients are left alone."""
         player = self.players[name]
         parameters = list(player.network.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-            parameter.grad = gradient
+        player.take(torch.autograd.grad(loss, parameters))
         nn.utils.clip_grad_norm_(parameters, CLIP)
         player.optimizer.step()
         player.optimizer.zero_grad()

@@ -292,8 +292,12 @@ class MappingRecipe(Recipe):
 
         With `floor`, of true codes and other true ones: about 0, of either sign.
         """
-        state = torch.random.get_rng_state()
-        torch.random.manual_seed(self.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return self.distances(floor)
+
+    def distances(self, floor: bool) -> dict[str, float]:
+        """What `measure` gives, of codes drawn by the global generators."""
         draws = CodeDraws(self.codes, MEASURED, stochastic=self.config.stochastic, seed=12345)
         found = {}
         for name in self.mappers:
@@ -302,7 +306,6 @@ class MappingRecipe(Recipe):
             real = true()
             other = true() if floor else getattr(self.model, name)(source())
             found[name] = mmd2(real, other, kernel_of(real), estimator="unbiased").item()
-        torch.random.set_rng_state(state)
         return found
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -23,12 +24,16 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is auto, cpu or cuda, not {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"device is auto, cpu or cuda, not {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         raise ValueError("device is cuda, but this machine or this torch has no CUDA device")
+    device = torch.device(name)
+    if (device.index or 0) >= count:
+        raise ValueError(f"device is cuda:0 to cuda:{count - 1}, not {name}")
     return device
 
 
@@ -60,8 +65,9 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 def seed_all(seed: int, device: torch.device) -> None:
     """Seeds every global random generator; a GPU keeps to algorithms that repeat.
 
-    Where PyTorch has none, it warns: the gradient of an antialiased resize, which only the
-    pretrained image loss takes.
+    Where PyTorch has none, it warns: the gradient of an antialiased resize, which all take that
+    look at drawn pictures by a frozen network (XMC-GAN's pretrained loss, MirrorGAN's DAMSM and
+    STREAM, LAFITE's encoder and projected discriminator), and the cumulative sum of vMF's draws.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats with it alone

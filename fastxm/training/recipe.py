@@ -1,7 +1,7 @@
 """What a system brings to the loop: its players, one step, a sample, its state, an export."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,16 @@ class Player:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
+
+    def take(self, gradients: Sequence[Tensor]) -> None:
+        """Makes these the gradients of the network's parameters, in their memory order.
+
+        Fused Adam pairs places, not indices.
+        """
+        for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
+            if gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
 
     def state_dict(self) -> State:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -71,6 +81,9 @@ class Recipe(ABC):
     @abstractmethod
     def build(self) -> None:
         """Networks, optimisers and data, from nothing."""
+
+    def begin(self) -> None:  # noqa: B027 (most begin with nothing)
+        """What a run that is not resumed takes over from others, after `build`."""
 
     @abstractmethod
     def step(self, batch: Any) -> dict[str, Tensor]:

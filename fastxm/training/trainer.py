@@ -1,6 +1,7 @@
 """The one loop: data -> step -> log, sample, checkpoint. It knows no model."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from fastxm.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """When the loop stops and how often it writes; nothing here changes what is computed."""
+    """When the loop stops and how often it writes; only `deterministic` changes what is drawn."""
 
     steps: int = 100_000
     """Updates in all, of a GAN those of its generator."""
@@ -34,6 +35,8 @@ class LoopConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many checkpoints stay on the disk."""
+    deterministic: bool = True
+    """Keep a GPU to algorithms that repeat; without, to its fastest, and no two runs are alike."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
@@ -109,9 +112,12 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         resume: goes on from the last checkpoint in `out` if there is one.
 
     Raises:
-        ValueError: `out` holds a run and `resume` is false, or the checkpoint is another system's.
+        ValueError: `out` holds a run and `resume` is false, the checkpoint is another system's, or
+            this is one of several processes.
         NonFiniteLoss: training diverged.
     """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError("fastxm train runs on one device: start it without torchrun")
     if not resume:
         is_fresh(out)
     kept = checkpoint.steps(out / "checkpoints")
@@ -121,7 +127,13 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
     if recipe.device.type == "cpu":
         keep_freed_memory()
     recipe.build()
-    progress = restore(recipe, last) if last else Progress()
+    if not loop.deterministic:  # which building made a GPU's algorithms
+        torch.use_deterministic_algorithms(False)
+    if last:
+        progress = restore(recipe, last)
+    else:
+        recipe.begin()
+        progress = Progress()
     configs.write(out / "config.yaml", recipe.system, recipe.config)
     with RunLog(out, progress.step) as log, stop_signals() as stopped:
         run = Loop(recipe, out, loop, log, progress)

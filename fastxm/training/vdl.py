@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastxm.models.vdl import VDL, VDLConfig
 from fastxm.ops import info_nce
 from fastxm.training import checkpoint
+from fastxm.training.batches import place
 from fastxm.training.embeddings import Batch
 from fastxm.training.gan import gradients
 from fastxm.training.joint_data import JointData
@@ -99,8 +100,7 @@ class VDLRecipe(LAFITERecipe):
         super().__init__(config)
         self.multiplier = 1.0  # of beta, where a target holds the KL
 
-    def build(self) -> None:
-        super().build()
+    def begin(self) -> None:
         if self.config.stage1:
             self.take(Path(self.config.stage1))
 
@@ -137,6 +137,7 @@ class VDLRecipe(LAFITERecipe):
                 f"the encoder gives evidence of width {data.encoder.evidence_width}, "
                 f"the configuration has evidence_width {c.evidence_width}"
             )
+        self.logit_scale = 1 / data.encoder.temperature  # read once: it waits for a GPU
         return data
 
     def make_players(self) -> dict[str, Player]:
@@ -209,13 +210,14 @@ class VDLRecipe(LAFITERecipe):
         config, width = self.config, self.config.model.embedding
         p = self.model.prior(batch["centre"])
         kl = q.kl(p)
-        labelled = batch["labelled"]
-        mean = kl[~labelled].mean() if (~labelled).any() else kl.mean()
+        counts = (~batch["labelled"]).to(kl.dtype)
+        counts = torch.where(counts.any(), counts, 1.0)  # of all, where none is without a caption
+        mean = (kl * counts).sum() / counts.sum()
         beta = config.kl_weight * self.multiplier
         if config.kl_warmup:
             beta *= min(1.0, progress / config.kl_warmup)
         loss = beta * mean / width
-        metrics = {"kl": mean, "beta": torch.tensor(beta, device=self.device)}
+        metrics = {"kl": mean, "beta": mean.new_full((), beta)}
         if config.label_fraction:
             supervision, more = self.supervision()
             loss, metrics = loss + supervision, metrics | more
@@ -227,17 +229,18 @@ class VDLRecipe(LAFITERecipe):
         """What posterior and prior lose on known texts, and its parts."""
         config = self.config
         pairs = self.batches.embeddings.pairs(config.supervision_batch)
-        known = {name: rows.to(self.device) for name, rows in pairs.items()}
+        known = {name: place(rows, self.device) for name, rows in pairs.items()}
         text, noise = known["text"], self.noise(config.supervision_batch)
         loss, parts = text.new_zeros(()), {}
         of_both = {"q": self.posterior(known), "p": self.model.prior(known["centre"])}
-        scale = 1 / self.encoder.temperature
         for name, found in of_both.items():
             parts[f"log_{name}"] = found.log_density(text).mean()
             loss = loss - config.supervision_weight * parts[f"log_{name}"] / text.shape[1]
             if config.ranking_weight:
                 sample = found.sample(noise)
-                rank = info_nce(sample, text, scale, labels=known["index"], symmetric=False)
+                rank = info_nce(
+                    sample, text, self.logit_scale, labels=known["index"], symmetric=False
+                )
                 parts[f"rank_{name}"] = rank
                 loss = loss + config.ranking_weight * rank
         return loss, parts

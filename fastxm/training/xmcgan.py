@@ -70,7 +70,11 @@ class XMCGANRecipe(GANRecipe):
     def build(self) -> None:
         config = self.config
         seed_all(config.seed, self.device)
-        encoder = text_encoder(config.model.text_encoder, max_length=config.model.words)
+        encoder = text_encoder(
+            config.model.text_encoder,
+            max_length=config.model.words,
+            sentence=config.model.sentence,
+        ).to(self.device)
         if encoder.width != config.model.text_width:
             name, width = config.model.text_encoder, config.model.text_width
             raise ValueError(f"{name} has text_width {encoder.width}, the configuration {width}")

@@ -164,11 +164,21 @@ def test_bad_metadata_and_arguments(tmp_path):
     with pytest.raises(ValueError, match="image_size"):
         open_dataset(root, 0)
     for line, message in [('{"file_name": ', "metadata.jsonl:1 is not JSON"),
+                          ('["a", "b"]', r"metadata.jsonl:1 is not an object: \["),
                           ('{"text": "a"}', "without file_name"),
                           ('{"file_name": "0.png", "label": 3}', "without a caption")]:  # fmt: skip
         (root / "metadata.jsonl").write_text(line)
         with pytest.raises(ValueError, match=message):
             open_dataset(root, 8)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "a.txt"])
+def test_text_that_is_not_utf_8_is_named(tmp_path, name):
+    for picture in "ab":
+        write_picture(tmp_path / f"{picture}.png", "green")
+    (tmp_path / name).write_bytes('{"file_name": "a.png", "text": "café"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8: "):
+        open_dataset(tmp_path, 8)
 
 
 def test_select_and_prepare(tmp_path):

@@ -1,10 +1,11 @@
 """CLIP from a directory: against transformers' own call, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_clip import write
 from torch.nn import functional as F
 from transformers import CLIPModel
@@ -56,6 +57,14 @@ def test_features_are_taken_for_what_they_are_of(clip):
     torch.testing.assert_close(evidence.mean(1), torch.zeros(5), atol=1e-6, rtol=0)
 
 
+def test_a_caption_too_long_is_the_mean_of_its_clauses(clip):
+    captions = ["red", "a red cat, and. a b, ", "a, cat", ".,.,.,.,.,.,.,.,"]
+    features = clip.text_features(captions)
+    tower = clip.tower.text(["red", "a red cat", "and", "a b", "a, cat", captions[3]], "cpu")
+    expected = torch.stack([tower[0], tower[1:4].mean(0), tower[4], tower[5]])
+    torch.testing.assert_close(features, expected)
+
+
 def test_by_name(folder, clip):
     assert joint_encoder(folder).name == clip.name
 
@@ -71,6 +80,31 @@ def test_directories_that_are_none(tmp_path, folder):
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"has no weights: no open_clip_model\.safetensors"):
         CLIP(tmp_path)
+
+
+def test_models_that_are_none(tmp_path, folder):
+    bert = shutil.copytree(folder, tmp_path / "bert")
+    (bert / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="holds a model of type 'bert', not a CLIP"):
+        CLIP(bert)
+    (bert / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is not a JSON object, but a list"):
+        CLIP(bert)
+    part = shutil.copytree(folder, tmp_path / "part")
+    weights = load_file(part / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, part / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no whole CLIP: .* lack visual_projection\.weight"):
+        CLIP(part)
+
+
+def test_weights_of_half_precision_are_computed_with_in_float32(tmp_path, folder):
+    half = shutil.copytree(folder, tmp_path / "half")
+    CLIPModel.from_pretrained(folder).half().save_pretrained(half)
+    images = torch.rand(2, 3, 16, 16)
+    embedded = CLIP(half).embed_images(images)
+    assert embedded.dtype == torch.float32
+    torch.testing.assert_close(embedded, CLIP(folder).embed_images(images), atol=1e-2, rtol=0)
 
 
 def test_pictures_must_be_floats(clip):

@@ -74,6 +74,22 @@ def test_bad_input_is_one_clear_error(net, tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not weights of EfficientNet-Lite0"):
         image_encoder(tmp_path / "other.pth")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth holds no state dict"):
+        image_encoder(tmp_path / "list.pth")
+    for name in ("noise.pth", "noise.safetensors"):
+        (tmp_path / name).write_bytes(b"no weights at all")
+        with pytest.raises(ValueError, match=f"{name} cannot be read as weights: "):
+            image_encoder(tmp_path / name)
+
+
+def test_features_for_the_cache_are_not_of_tf32(net, monkeypatch):
+    seen, conv = [], torch.backends.cudnn.conv
+    monkeypatch.setattr(net, "pool", lambda maps: seen.append(conv.fp32_precision) or maps[0])
+    before = conv.fp32_precision
+    net.embed(waves(32))
+    assert seen == ["ieee"]
+    assert conv.fp32_precision == before
 
 
 def test_layout_features_say_where(net):

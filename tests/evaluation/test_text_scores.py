@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastxm.encoders import EfficientNetLite0
 from fastxm.evaluation.metrics import retrieval_rank, retrieval_recall
 from fastxm.evaluation.perceptual import perceptual_distance
 from fastxm.evaluation.rouge import longest_common, rouge_l
@@ -55,6 +56,11 @@ def test_perceptual_distance_is_of_directions_at_each_place():
     torch.testing.assert_close(perceptual_distance(Maps(), a, b), expected)
     assert perceptual_distance(Maps(), a, 3 * a).abs().max() < 1e-5
     assert perceptual_distance(Maps(), a[:0], b[:0]).shape == (0,)
+
+
+def test_perceptual_distance_is_on_the_encoder_s_device():
+    images = torch.rand(2, 3, 8, 8)
+    assert perceptual_distance(EfficientNetLite0().to("meta"), images, images).is_meta
 
 
 def test_ranks_count_nearer_wrong_keys():

@@ -136,22 +136,11 @@ def test_attention_is_that_of_each_caption_alone():
     torch.testing.assert_close(last, found)
 
 
-def test_attention_maps_are_the_weights():
-    module, x, words, condition = attention()
-    lengths = torch.tensor([6, 1])
-    maps = module.weights(x, words, lengths)
-    assert maps.shape == (2, 6, 4, 4)
-    torch.testing.assert_close(maps.sum(1), torch.ones(2, 4, 4))
-    assert maps[1, 1:].abs().max() == 0
-    values = module.word(words).mT @ maps.flatten(2)
-    torch.testing.assert_close(module(x, words, lengths, condition)[:, :3].flatten(2), values)
-
-
 def test_the_released_mask_served_places_with_another_caption_s():
     """AttnGAN's and MirrorGAN's code repeats the mask as [b0, b1, b0, b1, ...], over rows that go
     [b0 place 0, b0 place 1, ...]: place r of the rows gets the mask of caption r mod B.
     """
-    module, x, words, _ = attention()
+    module, x, words, condition = attention()
     lengths = torch.tensor([6, 3])
     mask = ~present(words, lengths)  # [B, T], True where there is no word
     logits = (x.flatten(2).mT @ module.word(words).mT).flatten(0, 1)  # [B N, T]
@@ -163,9 +152,10 @@ def test_the_released_mask_served_places_with_another_caption_s():
     assert long[0::2, 3:].min() > 0
     assert short[0::2, 3:].min() > 0
     assert short[1::2, 3:].max() == 0
-    ours = module.weights(x, words, lengths).flatten(2).mT.flatten(0, 1)
-    torch.testing.assert_close(ours, right)
-    assert (ours - released).abs().max() > 0.05
+    ours = module(x, words, lengths, condition)[:, :3].flatten(2).mT
+    theirs, expected = (w.view(2, 16, 6) @ module.word(words) for w in (released, right))
+    torch.testing.assert_close(ours, expected)
+    assert (ours - theirs).abs().max() > 0.05
 
 
 def test_a_caption_of_one_word_and_one_of_none():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from fastxm.encoders.bert import TextBatch
 from fastxm.models.xmcgan import XMCGANConfig
@@ -15,12 +16,12 @@ from fastxm.training.trainer import LoopConfig, train
 COLOURS = ["red", "green", "blue", "yellow", "black", "white", "orange", "purple"]
 
 
-class Letters:
+class Letters(nn.Module):
     """A text encoder without weights: sines of character codes, 6 wide, at most 5 words."""
 
     name, width, max_length = "letters", 6, 5
 
-    def __call__(self, captions: list[str]) -> TextBatch:
+    def forward(self, captions: list[str]) -> TextBatch:
         words = torch.zeros(len(captions), self.max_length, self.width)
         lengths = torch.zeros(len(captions), dtype=torch.int64)
         for i, caption in enumerate(captions):

@@ -7,7 +7,7 @@ import torch
 from small import Letters
 
 from fastxm.data import open_dataset, text_features
-from fastxm.training.batches import CaptionedBatches, split
+from fastxm.training.batches import CaptionedBatches, split, unpacked
 from fastxm.training.gan import sample_captions
 
 
@@ -29,6 +29,13 @@ def test_a_batch_belongs_together(folder):
     # features are kept in half precision
     torch.testing.assert_close(batch["words"], encoded.words.half().float())
     torch.testing.assert_close(batch["sentence"], encoded.sentence.half().float())
+
+
+def test_bytes_are_unpacked_to_the_same_pictures(folder):
+    dataset = open_dataset(folder, 64, progress=False)
+    images = unpacked(dataset.pixels([3, 1]))
+    assert torch.equal(images, dataset.batch([3, 1]))
+    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_position_is_taken_up(folder):

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 
+from fastxm.config import read_object
 from fastxm.training import config
 
 
@@ -22,6 +23,8 @@ class Outer:
     on: bool = False
     minutes: float | None = None
     where: Path = Path("x")
+    count: int = 3
+    name: str = "x"
 
 
 def test_round_trip_through_yaml(tmp_path):
@@ -30,10 +33,24 @@ def test_round_trip_through_yaml(tmp_path):
     assert config.construct(Outer, config.read(tmp_path / "c.yaml", "toy"), "c") == made
 
 
+def test_a_write_that_fails_leaves_what_stood_there(tmp_path, monkeypatch):
+    config.write(tmp_path / "c.yaml", "toy", Outer())
+
+    def killed(path, text):
+        path.open("w").write(text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        config.write(tmp_path / "c.yaml", "toy", Outer(rate=2.0))
+    assert config.construct(Outer, config.read(tmp_path / "c.yaml", "toy"), "c") == Outer()
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
 def test_yaml_numbers_without_a_point():
-    assert config.construct(Outer, {"rate": "2e-4", "minutes": 14}, "c") == Outer(
-        rate=2e-4, minutes=14.0
-    )
+    values = {"rate": "2e-4", "minutes": 14, "count": 2.0, "name": 2024}
+    expected = Outer(rate=2e-4, minutes=14.0, count=2, name="2024")
+    assert config.construct(Outer, values, "c") == expected
 
 
 @pytest.mark.parametrize(
@@ -47,11 +64,29 @@ def test_yaml_numbers_without_a_point():
         ({"rate": True}, "c: rate must be float, not True"),
         ({"on": 1}, "c: on must be bool, not 1"),
         ({"rate": None}, "c: rate must be float, not None"),
+        ({"count": 2.7}, r"c: count must be int, not 2\.7"),
+        ({"name": None}, "c: name must be str, not None"),
+        ({"name": ["a"]}, r"c: name must be str, not \['a'\]"),
+        ({"inner": {"sizes": "12"}}, "c: inner: sizes must be tuple, not '12'"),
     ],
 )
 def test_bad_values_are_one_clear_error(values, message):
     with pytest.raises(ValueError, match=message):
         config.construct(Outer, values, "c")
+
+
+def test_a_json_file_holds_one_object(tmp_path):
+    path = tmp_path / "c.json"
+    for text, message in {
+        "[1]": "not a JSON object, but a list",
+        "{": "is not JSON",
+        "\xff": "is not JSON: 'utf-8' codec",
+    }.items():
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=rf"c\.json {message}|c\.json is {message}"):
+            read_object(path)
+    path.write_text('{"a": 1}')
+    assert read_object(path) == {"a": 1}
 
 
 def test_another_system_s_config_is_refused(tmp_path):

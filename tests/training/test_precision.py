@@ -31,6 +31,18 @@ def test_auto_on_a_gpu(monkeypatch, has):
             precision.pick_precision("bf16", gpu)
 
 
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [str(precision.pick_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1")]
+    assert found == ["cuda", "cpu", "cuda", "cuda:1"]
+    for name in ("mps", "meta", "xpu", "cpu:", "cuda:x", ""):
+        with pytest.raises(ValueError, match=f"device is auto, cpu or cuda, not '{name}'"):
+            precision.pick_device(name)
+    with pytest.raises(ValueError, match="device is cuda:0 to cuda:1, not cuda:2"):
+        precision.pick_device("cuda:2")
+
+
 def test_a_run_remembers_what_was_picked(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "LEVEL", "bfloat16")
     ours = recipe(folder, precision="auto")

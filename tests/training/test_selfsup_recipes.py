@@ -19,7 +19,7 @@ from fastxm.nn.mlp import mlp
 from fastxm.nn.stackgan import JointDiscriminator
 from fastxm.ops import mmd2
 from fastxm.ops.mmd import DEFAULT
-from fastxm.training import image_autoencoder, mappers, mapping
+from fastxm.training import image_autoencoder, mappers, mapping, precision
 from fastxm.training.draws import Draws
 
 
@@ -96,6 +96,13 @@ def test_an_image_step_updates_all_players_and_the_average(folder, monkeypatch):
     shown = ours.sample()
     assert len(shown.images) == len(shown.captions) == 2 * len(ours.shown[2])
     assert torch.equal(shown.images[0], ours.shown[0][0])
+
+
+def test_codes_are_drawn_in_float32(folder, monkeypatch):
+    ours = image_recipe(folder, monkeypatch, precision="bf16")
+    with precision.autocast("bf16", ours.device):
+        _, mean, log_variance = ours.model(ours.features[:3])
+    assert mean.dtype == log_variance.dtype == torch.float32
 
 
 def test_the_mean_that_discriminators_are_given_does_not_learn_from_them(folder, monkeypatch):

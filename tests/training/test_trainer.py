@@ -37,6 +37,32 @@ def test_a_run_leaves_what_it_says(tmp_path):
     assert list((run.out / "tensorboard").iterdir())
 
 
+def test_one_of_many_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    with pytest.raises(ValueError, match="runs on one device"):
+        train(Toy(), tmp_path / "run", LOOP)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_algorithms_that_repeat_are_a_choice(tmp_path, monkeypatch, kept):
+    class Deterministic(Toy):
+        def build(self):
+            torch.use_deterministic_algorithms(True, warn_only=True)  # as on a GPU
+            super().build()
+
+        def step(self, batch):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().step(batch)
+
+    seen, before = [], torch.are_deterministic_algorithms_enabled()
+    try:
+        train(Deterministic(), tmp_path / "run", LoopConfig(steps=1, deterministic=kept))
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+    assert seen == [kept]
+
+
 def test_metrics_are_means_over_the_interval(tmp_path):
     every = train(Toy(), tmp_path / "a", LoopConfig(steps=6, log_every=1))
     third = train(Toy(), tmp_path / "b", LoopConfig(steps=6, log_every=3))

@@ -1,5 +1,6 @@
 """LAFITE's and VDL's steps: who moves in which stage, resuming, captions that are not there."""
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -395,6 +396,21 @@ def test_no_caption_leaks(data):
     assert parts.lines()[-1].startswith("of the encoder's: 0 captions and 0 concepts are among")
 
 
+def test_bf16_with_every_regulariser(data, clip):
+    recipe, batch = built(lafite(data, clip, precision="bf16"))
+    metrics = recipe.step(batch)
+    assert {"path", "r1"} <= set(metrics)
+    assert all(value.isfinite() for value in metrics.values())
+
+
+def test_a_compiled_projected_discriminator_has_its_encoder(data, clip, monkeypatch):
+    quick = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", quick)
+    options = {"compile": True, "r1_every": 0, "path_every": 0}
+    recipe, batch = built(lafite(data, clip, {"discriminator": "projected"}, **options))
+    assert all(value.isfinite() for value in recipe.step(batch).values())
+
+
 def test_step_s_loss_is_the_sum_of_its_parts(data, clip):
     recipe, batch = built(lafite(data, clip, picture_weight=2.0, feature_weight=0.5))
     text = F.normalize(torch.randn(4, 6), dim=1)
@@ -408,6 +424,7 @@ def test_step_s_loss_is_the_sum_of_its_parts(data, clip):
 def test_a_run_of_lafite_stands_in_for_stage_1(data, clip, tmp_path):
     first = train(lafite(data, clip), tmp_path / "first", replace(LOOP, steps=2))
     recipe, batch = built(vdl(data, clip, stage1=str(first.out), lr=1e-3))
+    recipe.begin()
     found = LAFITE.from_pretrained(first.model).generator.state_dict()
     average = recipe.average().state_dict()
     assert all(torch.equal(found[name], average[name]) for name in found)
@@ -421,6 +438,9 @@ def test_a_run_of_lafite_stands_in_for_stage_1(data, clip, tmp_path):
         "stage1" not in whole.out.joinpath("checkpoints/step-00000005/checkpoint.json").read_text()
     )
     with pytest.raises(ValueError, match=r"stage1: .* has no checkpoint"):
-        vdl(data, clip, stage1=str(tmp_path)).build()
+        built(vdl(data, clip, stage1=str(tmp_path)))[0].begin()
     with pytest.raises(ValueError, match=r"stage1: .* is of other networks"):
-        vdl(data, clip, {"channel_max": 3}, stage1=str(first.out)).build()
+        built(vdl(data, clip, {"channel_max": 3}, stage1=str(first.out)))[0].begin()
+    shutil.rmtree(first.out)  # all of it that counts is in the checkpoint
+    longer = replace(LOOP, steps=6)
+    assert train(vdl(data, clip, stage1=str(first.out)), whole.out, longer, resume=True).step == 6

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import recipe
+from PIL import Image
+from small import Letters, recipe
 from torch import nn
 from torch.nn import functional as F
 
-from fastxm import XMCGAN
+from fastxm import XMCGAN, encoders
 from fastxm.training import checkpoint, gan, xmcgan
 from fastxm.training.batches import split
 from fastxm.training.trainer import LoopConfig, train
@@ -340,6 +341,38 @@ def test_a_checkpoint_of_another_model_is_refused(folder, tmp_path):
     other.config = replace(other.config, model=replace(other.config.model, gf=4))
     with pytest.raises(ValueError, match=r"another run: model\.gf was 2, now 4"):
         train(other, tmp_path / "run", loop, resume=True)
+
+
+def test_it_learns_from_the_sentences_that_it_samples_with(folder, monkeypatch):
+    asked = []
+
+    def opened(name, **options):
+        asked.append((name, options))
+        return Letters()
+
+    for home in (xmcgan, encoders):
+        monkeypatch.setattr(home, "text_encoder", opened)
+    ours = recipe(folder)
+    ours.config = replace(ours.config, model=replace(ours.config.model, sentence="reference"))
+    ours.build()
+    assert ours.model.text_encoder
+    assert asked[0] == asked[1]
+    assert asked[0][1] == {"max_length": 5, "sentence": "reference"}
+
+
+def test_pictures_of_a_folder_may_be_stretched(folder, tmp_path):
+    for path in folder.glob("*.png"):
+        Image.linear_gradient("L").resize((64, 128)).save(path)
+    found = {}
+    for resize in ("crop", "stretch"):
+        ours = recipe(folder, resize=resize)
+        ours.build()
+        found[resize] = ours.batches.dataset.image(0)
+    assert found["stretch"].amin() < 0.05 < 0.2 < found["crop"].amin()
+    assert "resize" not in recipe(folder).identity()  # as in checkpoints of before
+    kept = checkpoint.save(tmp_path / "kept", 1, recipe(folder).identity(), {}, 1)
+    with pytest.raises(ValueError, match="resize was None, now 'stretch'"):
+        checkpoint.check(kept, ours.identity())
 
 
 def test_text_features_must_fit_the_model(folder):
