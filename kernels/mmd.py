@@ -68,7 +68,7 @@ def _tile_kernel(x, y, x_norms, y_norms, a, b, scales, shapes, weights, row_sums
     if RADIAL:
         norms = tl.load(x_norms + i, i < N, other=0.0)[:, None]
         norms = norms + tl.load(y_norms + j, j < M, other=0.0)[None, :]
-        s = tl.maximum(norms - 2 * s, 0.0)
+        s = tl.maximum(norms - 2 * s, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if DIAGONAL > 0:
             s = tl.where(i[:, None] == j[None, :], 0.0, s)
     held = s

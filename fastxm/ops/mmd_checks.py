@@ -114,8 +114,12 @@ def chosen(precision: str | None, x: Tensor, y: Tensor) -> str:
         return precision
     if x.dtype == y.dtype == torch.bfloat16:
         return "bfloat16"
-    tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "float32"
+    return "tf32" if x.is_cuda and _tf32_allowed() else "float32"
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace the getter, but guards the setting
+def _tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def families(kernel: Kernel) -> list[list[Kernel]]:

@@ -342,6 +342,16 @@ def test_nan_of_one_row_reaches_all_that_meet_it(dtype, device):
     assert all(g.isnan().all() for g in torch.autograd.grad(total, (x, y)))
 
 
+def test_nan_of_one_row_reaches_all_by_triton(device):
+    x, y = (t[0].float().to(device) for t in samples(6, 5, 3, dtype=torch.float32))
+    x[4, 2] = math.nan
+    x, y = x.requires_grad_(), y.requires_grad_()
+    with backend("triton"):
+        total = mmd2(x, y)
+        assert total.isnan()
+        assert all(g.isnan().all() for g in torch.autograd.grad(total, (x, y)))
+
+
 GOLDEN = [  # biased, unbiased, u_statistic, linear, block of 3
     (RBF(1), [0.5679130031, 0.3466467213, 0.3700576143, 0.9051825431, 0.5983713407]),
     (LADDER, [1.1460136556, 0.7788010913, 0.8466700702, 1.7693010754, 1.2650401926]),
