@@ -89,7 +89,7 @@ def _(x, y, a, b, labels, symmetric, smoothing, offset, stored):
 @gradients_of.register_fake
 def _(dloss, x, y, a, b, *options):
     *_, of_b = options
-    return (*(torch.empty_like(t) for t in (x, y, a)), b.new_empty(len(b) if of_b else 0))
+    return (*(t.new_empty(t.shape) for t in (x, y, a)), b.new_empty(len(b) if of_b else 0))
 
 
 def _save(ctx, inputs, output):

@@ -77,4 +77,4 @@ def backward(
     row = terms(row_lse, weight, smoothing, count)
     column = terms(column_lse, weight, smoothing, count) if symmetric else None
     grads = gradients(row, column, x, y, a, b, own, labels, offset, smoothing, kept, of_b)
-    return tuple(grad.to(t.dtype) for grad, t in zip(grads, (x, y, a, b)))
+    return tuple(grad.to(t.dtype).contiguous() for grad, t in zip(grads, (x, y, a, b)))

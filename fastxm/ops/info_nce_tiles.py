@@ -84,7 +84,7 @@ def bwd(
     grads = problem.gradients(
         "losses_bwd", of_b, given, smoothing, 0 if count is None else count.data_ptr()
     )
-    return tuple(grad.to(t.dtype) for grad, t in zip(grads, (x, y, a, b)))
+    return tuple(grad.to(t.dtype).contiguous() for grad, t in zip(grads, (x, y, a, b)))
 
 
 def _own(labels: Tensor | None, N: int, offset: int) -> Tensor | None:

@@ -8,6 +8,7 @@ from formulas import info_nce_metrics
 
 from fastxm.ops import (
     backend,
+    dispatch,
     gemm,
     info_nce,
     info_nce_blocks,
@@ -15,7 +16,7 @@ from fastxm.ops import (
     info_nce_tiles,
     info_nce_triton,
 )
-from fastxm.ops.info_nce_op import losses_of
+from fastxm.ops.info_nce_op import gradients_of, losses_of
 
 SHAPES = [(1, 1, 1), (5, 5, 3), (33, 33, 65), (64, 64, 32), (130, 130, 17)]  # N, M, D
 RECTANGLES = [(1, 4, 3, 2), (33, 70, 65, 30), (40, 300, 17, 0)]  # N, M, D, offset
@@ -226,6 +227,7 @@ def test_dispatch(device):
         ones = torch.ones(6, device=device, requires_grad=True)
         for stored in (True, False):
             torch.library.opcheck(losses_of, (x, y, ones, ones, labels, True, 0.1, 0, stored))
+    check_gradients(device)
     compiled = torch.compile(lambda *t: info_nce(*t, normalize=True), fullgraph=True)
     torch.testing.assert_close(compiled(x, y, scale), info_nce(x, y, scale, normalize=True))
     with torch.autocast(device, torch.bfloat16):
@@ -239,6 +241,18 @@ def test_dispatch(device):
     assert info_nce(x.double(), y.double(), 2.0).dtype == torch.float64
     with backend("triton"), pytest.raises(RuntimeError, match="no triton backend"):
         info_nce(x.double(), y.double(), scale)
+
+
+def check_gradients(device):
+    # of columns in memory, and of features that tiles and tensor cores take with more beside them
+    for dtype, D in ((torch.float32, 33), (torch.bfloat16, 5)):
+        if dtype == torch.bfloat16 and device == "cpu" and dispatch.forced:
+            continue  # Triton's interpreter multiplies it wrongly
+        x, y = (torch.randn(D, 40, device=device).to(dtype).T for _ in range(2))
+        ones = torch.ones(40, device=device)
+        _, *stats, kept = losses_of(x, y, ones, ones, None, True, 0.0, 0, False)
+        given = (ones, x, y, ones, ones, None, *(s[0].clone() for s in stats), kept)
+        torch.library.opcheck(gradients_of, (*given, True, 0.0, 0, True))
 
 
 def sines(shape, a, c):
@@ -285,3 +299,4 @@ def test_triton_extremes(triton_device):
     test_large_logits(triton_device)
     test_closed_forms(triton_device)
     test_strided_inputs(triton_device)
+    check_gradients(triton_device)
