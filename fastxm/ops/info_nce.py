@@ -24,6 +24,7 @@ from torch import Tensor
 from fastxm.ops import dispatch, info_nce_op
 from fastxm.ops.info_nce_op import rnorm, store
 from fastxm.ops.info_nce_ranks import across_ranks
+from fastxm.ops.scalar import scalar
 
 
 class Metrics(NamedTuple):
@@ -103,10 +104,7 @@ def _factors(x: Tensor, y: Tensor, scale: float | Tensor, normalize: bool) -> tu
     """a [N] and b [M], of which the logits are the products times a and b."""
     dtype = dispatch.wide_dtype(x, y)
     if isinstance(scale, Tensor):
-        if scale.numel() != 1:
-            raise ValueError(f"logit_scale is a number or one element, not {scale.shape}")
-        scale = scale.to(x.device, dtype)
-        scale = scale.reshape(()) if scale.ndim else scale
+        scale = scalar("logit_scale", scale, dtype, x.device)
     if not normalize:
         if isinstance(scale, Tensor):
             a = scale.expand(x.shape[0])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastxm.ops import dispatch, info_nce_op
 from fastxm.ops.info_nce_sums import finish, join, new_sums, terms
+from fastxm.ops.scalar import scalar
 
 LEAF = 1024  # rows that meet each other in a whole square
 
@@ -45,8 +46,7 @@ def info_nce_views(
     z = torch.cat([x, y])
     dtype = dispatch.wide_dtype(z)
     factor = info_nce_op.rnorm(z, dtype) if normalize else z.new_ones(len(z), dtype=dtype)
-    scale = torch.as_tensor(logit_scale, dtype=dtype, device=z.device).reshape(())
-    return losses_of(z, factor, scale)[0]
+    return losses_of(z, factor, scalar("logit_scale", logit_scale, dtype, z.device))[0]
 
 
 def _triangle(here: slice) -> list[tuple[slice, slice]]:
@@ -106,12 +106,12 @@ def gradients_of(
 
 @losses_of.register_fake
 def _(z, factor, scale):
-    return torch.empty_like(factor), torch.empty_like(factor)
+    return factor.new_empty(len(z)), factor.new_empty(len(z))
 
 
 @gradients_of.register_fake
 def _(dloss, *inputs):
-    return tuple(torch.empty_like(t) for t in inputs[:3])
+    return tuple(t.new_empty(t.shape) for t in inputs[:3])
 
 
 def _formula(z: Tensor, factor: Tensor, scale: Tensor) -> Tensor:

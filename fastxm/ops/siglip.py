@@ -18,6 +18,7 @@ from torch import Tensor
 from fastxm.ops import ring
 from fastxm.ops.dispatch import one_device, vjp, wide_dtype
 from fastxm.ops.distributed import gather_rows, row_counts
+from fastxm.ops.scalar import scalar
 from fastxm.ops.siglip_pairs import formula, pair_sums
 
 
@@ -52,8 +53,9 @@ def siglip(
         raise ValueError(f"siglip needs x [N, D] and y [N, D], not {x.shape} and {y.shape}")
     if not x.is_floating_point() or not y.is_floating_point():
         raise TypeError(f"siglip needs floating tensors, not {x.dtype} and {y.dtype}")
-    where: Any = {"dtype": wide_dtype(x, y), "device": x.device}
-    scale, bias = (torch.as_tensor(t, **where).reshape(()) for t in (logit_scale, logit_bias))
+    dtype = wide_dtype(x, y)
+    scale = scalar("logit_scale", logit_scale, dtype, x.device)
+    bias = scalar("logit_bias", logit_bias, dtype, x.device)
     if group is None:
         return loss_of(x, y, scale, bias, torch.is_grad_enabled())[0] / len(x)
     return _across_ranks(x, y, scale, bias, group)
@@ -62,17 +64,19 @@ def siglip(
 @torch.library.custom_op("fastxm::siglip", mutates_args=())
 def loss_of(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, gradients: bool,
             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum over all pairs, and its gradients to the four tensors, or empty ones."""
+    """The sum over all pairs, and its gradients to the four tensors, or empty ones: wide, for the
+    sum's may be beyond float16 where the mean's are not."""
     loss, found = pair_sums(x, y, scale, bias, True, gradients)
-    dx, dy, dscale, dbias = found or (t.new_empty(0) for t in (x, y, scale, bias))
-    return loss, dx.to(x.dtype), dy.to(y.dtype), dscale, dbias
+    dx, dy, dscale, dbias = found or (loss.new_empty(0) for _ in range(4))
+    return loss, dx, dy, dscale, dbias
 
 
 @loss_of.register_fake
 def _(*inputs):
     *tensors, gradients = inputs
-    grads = (torch.empty_like(t) if gradients else t.new_empty(0) for t in tensors)
-    return torch.empty_like(tensors[2]), *grads
+    wide = tensors[2]
+    return tuple(wide.new_empty(shape) for shape in
+                 ((), *(t.shape if gradients else (0,) for t in tensors)))  # fmt: skip
 
 
 def _save(ctx, inputs, output):
@@ -84,7 +88,7 @@ def _backward(ctx, dloss, *_):
     inputs, grads = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     if torch.is_grad_enabled():
         return *vjp(formula, inputs, (dloss,)), None
-    return *((dloss * grad).to(grad.dtype) for grad in grads), None
+    return *((dloss * grad).to(t.dtype) for grad, t in zip(grads, inputs)), None
 
 
 loss_of.register_autograd(_backward, setup_context=_save)

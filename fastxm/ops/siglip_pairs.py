@@ -20,7 +20,7 @@ def pair_sums(
     """
     loss, dscale, dbias = (torch.zeros_like(scale) for _ in range(3))
     x, y = wide(x, y)
-    dx, dy = (torch.zeros_like(t) if gradients else t for t in (x, y))
+    dx, dy = (t.new_zeros(t.shape) if gradients else t for t in (x, y))
     rows = max(16, BLOCK // max(1, len(y) * x.itemsize))
     for i in range(0, len(x), rows):
         here = slice(i, i + rows)

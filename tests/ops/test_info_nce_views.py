@@ -11,15 +11,15 @@ SHAPES = [(1, 1), (7, 3), (33, 65), (64, 17)]  # N, D
 def formula(x, y, scale):
     dtype = torch.promote_types(x.dtype, torch.float32)
     z = F.normalize(torch.cat([x, y]).to(dtype), dim=1)
-    others = ~torch.eye(len(z), dtype=torch.bool)
+    others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     logits = (scale * z @ z.T).masked_fill(~others, -torch.inf)
-    partner = torch.arange(len(z)).roll(len(x))
+    partner = torch.arange(len(z), device=z.device).roll(len(x))
     return F.cross_entropy(logits, partner, reduction="none")
 
 
-def inputs(N, D, dtype=torch.float32):
-    x, y = torch.randn(2, N, D).to(dtype)
-    return x, y, torch.tensor(1.7)
+def inputs(N, D, device, dtype=torch.float32):
+    x, y = torch.randn(2, N, D, device=device).to(dtype)
+    return x, y, torch.tensor(1.7, device=device)
 
 
 @pytest.fixture
@@ -30,23 +30,23 @@ def _leaves(monkeypatch):
 @pytest.mark.usefixtures("_leaves")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(shape, dtype):
-    no_worse(info_nce_views.info_nce_views, formula, *inputs(*shape, dtype))
+def test_forward(shape, dtype, device):
+    no_worse(info_nce_views.info_nce_views, formula, *inputs(*shape, device, dtype))
 
 
 @pytest.mark.usefixtures("_leaves")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-def test_backward(shape, dtype):
+def test_backward(shape, dtype, device):
     ours, plain = gradient(info_nce_views.info_nce_views), gradient(formula)
-    no_worse(ours, plain, *inputs(*shape, dtype))
+    no_worse(ours, plain, *inputs(*shape, device, dtype))
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_derivatives(name, normalize, monkeypatch):
     monkeypatch.setattr(info_nce_views, "LEAF", 2)
-    x, y, scale = (t.double().requires_grad_() for t in inputs(5, 3))
+    x, y, scale = (t.double().requires_grad_() for t in inputs(5, 3, "cpu"))
 
     def f(*tensors):
         return info_nce_views.info_nce_views(*tensors, normalize=normalize)
@@ -75,15 +75,15 @@ def test_half_the_products(leaf, monkeypatch):
     count("sums", 0)
     count("gradients", 2)
     N = 64
-    x, y, scale = inputs(N, 9)
+    x, y, scale = inputs(N, 9, "cpu")
     gradient(info_nce_views.info_nce_views)(x, y, scale)
     # half of the pairs of 2 N rows, and half of each square twice
     expected = (2 * N) ** 2 // 2 + N * leaf
     assert counts == {"sums": expected, "gradients": expected}
 
 
-def test_empty():
-    x = torch.empty(0, 4, requires_grad=True)
+def test_empty(device):
+    x = torch.empty(0, 4, device=device, requires_grad=True)
     losses = info_nce_views.info_nce_views(x, x, 1.0)
     losses.sum().backward()
     assert losses.shape == (0,)
@@ -98,10 +98,12 @@ def test_wrong_inputs():
         info_nce_views.info_nce_views(torch.ones(3, 4), torch.ones(3, 4, dtype=torch.long), 1.0)
 
 
-def test_dispatch():
-    z, factor = torch.randn(6, 5, requires_grad=True), torch.ones(6, requires_grad=True)
-    scale = torch.tensor(2.0, requires_grad=True)
+def test_dispatch(device):
+    z, factor = torch.randn(5, 6, device=device).T, torch.ones(6, device=device)
+    z, factor, scale = (t.requires_grad_() for t in (z, factor, torch.tensor(2.0, device=device)))
     torch.library.opcheck(info_nce_views.losses_of, (z, factor, scale))
+    given = (torch.ones_like(factor), z, factor, scale, torch.ones_like(factor))
+    torch.library.opcheck(info_nce_views.gradients_of, tuple(t.detach() for t in given))
     compiled = torch.compile(info_nce_views.info_nce_views, fullgraph=True, backend="aot_eager")
     x, y = z.detach().chunk(2)
     torch.testing.assert_close(compiled(x, y, scale), info_nce_views.info_nce_views(x, y, scale))

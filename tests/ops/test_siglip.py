@@ -2,8 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from check import gradient, no_worse, peak_bytes
+from torch.overrides import TorchFunctionMode
 
-from fastxm.ops import siglip_pairs
+from fastxm.ops import info_nce, siglip_pairs
+from fastxm.ops.info_nce_views import info_nce_views
 from fastxm.ops.siglip import loss_of, siglip
 
 SHAPES = [(1, 1), (7, 3), (33, 65), (130, 17)]  # N, D
@@ -12,13 +14,13 @@ SHAPES = [(1, 1), (7, 3), (33, 65), (130, 17)]  # N, D
 def formula(x, y, scale, bias):
     dtype = torch.promote_types(x.dtype, torch.float32)
     logits = scale * x.to(dtype) @ y.to(dtype).T + bias
-    signs = 2 * torch.eye(len(x), dtype=dtype) - 1
+    signs = 2 * torch.eye(len(x), dtype=dtype, device=x.device) - 1
     return -F.logsigmoid(signs * logits).sum() / len(x)
 
 
-def inputs(N, D, dtype=torch.float32):
-    x, y = F.normalize(torch.randn(2, N, D), dim=2).to(dtype)
-    return x, y, torch.tensor(12.3), torch.tensor(-3.1)
+def inputs(N, D, device, dtype=torch.float32):
+    x, y = F.normalize(torch.randn(2, N, D, device=device), dim=2).to(dtype)
+    return x, y, *torch.tensor([12.3, -3.1], device=device)
 
 
 @pytest.fixture(autouse=True)
@@ -28,37 +30,46 @@ def _blocks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_and_backward(shape, dtype):
-    no_worse(siglip, formula, *inputs(*shape, dtype))
+def test_forward_and_backward(shape, dtype, device):
+    no_worse(siglip, formula, *inputs(*shape, device, dtype))
     with torch.no_grad():
-        no_worse(siglip, formula, *inputs(*shape, dtype))
-    no_worse(gradient(siglip), gradient(formula), *inputs(*shape, dtype))
+        no_worse(siglip, formula, *inputs(*shape, device, dtype))
+    no_worse(gradient(siglip), gradient(formula), *inputs(*shape, device, dtype))
 
 
-def test_gradients_of_scalars():
+def test_gradients_of_the_mean_fit_into_float16(device):
+    # those of the sum do not: 300 rows pull one and the same way, each by 300
+    x, y = torch.ones(2, 300, 2, device=device).half()
+    leaves = [t.requires_grad_() for t in (x, y)]
+    found = torch.autograd.grad(siglip(*leaves, 300.0), leaves)
+    truth = torch.autograd.grad(formula(*leaves, 300.0, 0.0), leaves)
+    torch.testing.assert_close(found, truth)
+
+
+def test_gradients_of_scalars(device):
     # a single number can be right by luck: thirty of them
     def thirty(f):
         f = gradient(f, wrt=(2, 3))
         return lambda x, y, *scalars: [torch.stack(f(a, b, *scalars)) for a, b in zip(x, y)]
 
-    x, y, *scalars = inputs(30 * 33, 20)
+    x, y, *scalars = inputs(30 * 33, 20, device)
     no_worse(
         lambda *t: torch.stack(thirty(siglip)(*t)), lambda *t: torch.stack(thirty(formula)(*t)),
         x.view(30, 33, 20), y.view(30, 33, 20), *scalars,
     )  # fmt: skip
 
 
-def test_derivatives(monkeypatch):
+def test_derivatives(monkeypatch, device):
     monkeypatch.setattr(siglip_pairs, "BLOCK", 1)
-    leaves = [t.double().requires_grad_() for t in inputs(19, 2)]
+    leaves = [t.double().requires_grad_() for t in inputs(19, 2, device)]
     assert torch.autograd.gradcheck(siglip, leaves)
     assert torch.autograd.gradgradcheck(siglip, leaves)
     torch.testing.assert_close(siglip(*leaves), formula(*leaves), rtol=1e-14, atol=0)
 
 
-def test_large_logits():
-    x, y, _, bias = inputs(50, 40)
-    scale = torch.tensor(300.0)
+def test_large_logits(device):
+    x, y, _, bias = inputs(50, 40, device)
+    scale = torch.tensor(300.0, device=device)
     no_worse(siglip, formula, x, y, scale, bias)
     no_worse(gradient(siglip), gradient(formula), x, y, scale, bias)
 
@@ -81,14 +92,45 @@ def test_empty_and_wrong_inputs():
         siglip(torch.ones(3, 4), torch.ones(3, 4, dtype=torch.long), 1.0)
 
 
-def test_dispatch():
-    tensors = [t.requires_grad_() for t in inputs(6, 5)]
+class Calls(TorchFunctionMode):
+    """The functions of PyTorch that are called, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        self.names.add(function.__name__)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("op", [siglip, info_nce_views, info_nce])
+def test_numbers_are_no_copies_from_the_host(op, device):
+    # which would wait for a GPU, and fail while a CUDA graph is captured
+    x, y, *_ = inputs(6, 5, device)
+    with Calls() as calls:
+        expected = op(x, y, 2.0)
+    assert not calls.names & {"tensor", "as_tensor"}
+    if device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = op(x, y, 2.0)
+        graph.replay()
+        assert torch.equal(captured, expected)
+    with pytest.raises(ValueError, match="logit_scale is a number or one element"):
+        op(x, y, torch.ones(2, device=device))
+
+
+def test_dispatch(device):
+    tensors = [t.requires_grad_() for t in inputs(6, 5, device)]
+    strided = [t.detach().T.contiguous().T.requires_grad_() for t in tensors[:2]]
     for gradients in (True, False):
-        given = tensors if gradients else [t.detach() for t in tensors]
+        given = [*strided, *tensors[2:]]
+        given = given if gradients else [t.detach() for t in given]
         torch.library.opcheck(loss_of, (*given, gradients))
     compiled = torch.compile(siglip, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), siglip(*tensors))
-    x, y, *scalars = inputs(6, 5, torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
+    x, y, *scalars = inputs(6, 5, device, torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
         out = siglip(x, y, *scalars)
     torch.testing.assert_close(out, siglip(x.float(), y.float(), *scalars))
