@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastxm.ops import info_nce
 from fastxm.ops.info_nce_op import store
+from fastxm.ops.siglip import siglip
 
 SHAPES = {
     "cpu": [
@@ -48,7 +49,8 @@ MOST_PAIRS = 256  # pytorch-metric-learning compares every positive with every n
 # on a CPU: rows at which one call takes seconds
 LONG = {"eager": 8192, "fastxm stored": 8192, "compiled": 4096, "open_clip": 4096,
         "chunked checkpoint": 4096,
-        "info-nce-pytorch": 4096, "cut-cross-entropy": 4096, "fastxm reference": 1024}  # fmt: skip
+        "info-nce-pytorch": 4096, "cut-cross-entropy": 4096, "fastxm siglip": 4096,
+        "fastxm reference": 1024}  # fmt: skip
 # matrices [N, N] of float32 that plain PyTorch holds at once
 MATRICES = {"eager": 4.2, "compiled": 4.2, "open_clip": 4.3, "info-nce-pytorch": 4.6}
 
@@ -132,7 +134,7 @@ def memeff(package):
     return lambda x, y, scale: loss(x, y)
 
 
-def siglip(package):
+def siglip_kernel(package):
     temperature = math.log(SCALE)
 
     def run(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ def peers(n: int, device: str) -> dict:
             lambda p: two_sided(lambda x, y, scale: p.cal_inf_loss(x, y, scale=scale)),
             cuda_on=device,
         ),
-        "siglip-kernel": peer("siglip_kernel", siglip, cuda_on=device),
+        "siglip-kernel": peer("siglip_kernel", siglip_kernel, cuda_on=device),
         "liger-kernel": peer("liger_kernel.transformers", liger, cuda_on=device),
     }
 
@@ -202,6 +204,7 @@ def case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
     if device == "cpu":
         del providers["fastxm cpu"]  # which "fastxm" is
     providers |= forms(x, y) | peers(n, device)
+    providers["fastxm siglip"] = lambda x, y, scale: siglip(x, y, scale, BIAS)
     return Case(
         inputs=tuple(t.requires_grad_() for t in (x, y, scale)),
         providers={name: too_much(name, n, device) or p for name, p in providers.items()},
@@ -209,7 +212,7 @@ def case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
         other={
             "info-nce-pytorch": ("the loss of rows that it normalises again", renormalised),
             "pytorch-metric-learning": ("NT-Xent of 2 N rows: four times the pairs", nt_xent),
-            "siglip-kernel": ("the sigmoid loss", sigmoid),
+            **dict.fromkeys(("fastxm siglip", "siglip-kernel"), ("the sigmoid loss", sigmoid)),
         },
         untimed={name: why for name in providers if (why := too_long(name, n, device))},
     )

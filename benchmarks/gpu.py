@@ -54,7 +54,8 @@ def stages(out: Path, work: Path) -> list[Stage]:
     install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", ROOT]
     doctor = "from fastxm.cli import main; raise SystemExit(main(['doctor']))"
     chosen = "(cuda or triton or gpu) and not emulated"
-    tests = [ROOT / "tests/ops", "-k", chosen, "-p", "no:cacheprovider"]
+    tests = [ROOT / "tests/ops", ROOT / "tests/test_losses.py", "-k", chosen]
+    tests += ["-p", "no:cacheprovider"]
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     stages = [
         Stage("build", lambda: python(*install), 150, {"FASTXM_CUDA": "1"}),

@@ -42,29 +42,31 @@ def derivatives(f, *inputs):
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def pairs():
-    image, text = F.normalize(torch.randn(2, 7, 5, dtype=torch.float64), dim=2)
-    return image, text, *torch.tensor([20.0, -3.0], dtype=torch.float64)  # scale, bias
+def pairs(device):
+    wide = {"dtype": torch.float64, "device": device}
+    image, text = F.normalize(torch.randn(2, 7, 5, **wide), dim=2)
+    return image, text, *torch.tensor([20.0, -3.0], **wide)  # scale, bias
 
 
 def plain_clip(image, text, scale, bias):
-    logits, target = scale * image @ text.T + bias, torch.arange(len(image))
+    logits = scale * image @ text.T + bias
+    target = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def plain_siglip(image, text, scale, bias):
-    signs = 2 * torch.eye(len(image)) - 1
+    signs = 2 * torch.eye(len(image), device=image.device) - 1
     return -F.logsigmoid(signs * (scale * image @ text.T + bias)).sum() / len(image)
 
 
 def plain_nt_xent(x, y):
     z = F.normalize(torch.cat([x, y]), dim=1)
-    logits = (z @ z.T / 0.2).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(x)))
+    logits = (z @ z.T / 0.2).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(x)))
 
 
-def test_clip_loss():
-    given = pairs()
+def test_clip_loss(device):
+    given = pairs(device)
     truth = derivatives(plain_clip, *given)
     torch.testing.assert_close(derivatives(losses.ClipLoss(), *given), truth)
     torch.testing.assert_close(losses.clip_loss(*given[:3]), truth[0])
@@ -72,7 +74,7 @@ def test_clip_loss():
 
 def two_products(image, text, scale, bias):
     """open_clip's ClipLoss on one rank, rewritten: a product for each direction."""
-    target = torch.arange(len(image))
+    target = torch.arange(len(image), device=image.device)
     of_images = scale * image @ text.T + bias
     of_texts = scale * text @ image.T + bias
     return (F.cross_entropy(of_images, target) + F.cross_entropy(of_texts, target)) / 2
@@ -103,14 +105,14 @@ def learned(loss):
 CLIP_SHAPES = [(1, 3), (7, 5), (65, 33), (200, 64)]  # B, D
 
 
-def features(batch, width, dtype=torch.float64):
-    log_scale = torch.tensor(math.log(1 / 0.07), dtype=dtype)
-    return *torch.randn(2, batch, width, dtype=dtype), log_scale
+def features(batch, width, device="cpu"):
+    wide = {"dtype": torch.float64, "device": device}
+    return *torch.randn(2, batch, width, **wide), torch.tensor(math.log(1 / 0.07), **wide)
 
 
 @pytest.mark.parametrize("shape", CLIP_SHAPES, ids=str)
-def test_clip_loss_is_open_clips_mathematics(shape):
-    given = features(*shape)
+def test_clip_loss_is_open_clips_mathematics(shape, device):
+    given = features(*shape, device)
     plain = learned(lambda image, text, scale: two_products(image, text, scale, 0.0))
     truth = derivatives(plain, *given)
     torch.testing.assert_close(derivatives(learned(losses.ClipLoss()), *given), truth)
@@ -128,15 +130,15 @@ def test_clip_loss_is_open_clips(shape, open_clip):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_siglip_loss():
-    given = pairs()
+def test_siglip_loss(device):
+    given = pairs(device)
     truth = derivatives(plain_siglip, *given)
     torch.testing.assert_close(derivatives(losses.SigLipLoss(), *given), truth)
     torch.testing.assert_close(losses.siglip_loss(*given), truth[0])
 
 
-def test_nt_xent():
-    views = torch.randn(2, 6, 5, dtype=torch.float64)
+def test_nt_xent(device):
+    views = torch.randn(2, 6, 5, dtype=torch.float64, device=device)
     truth = derivatives(plain_nt_xent, *views)
     torch.testing.assert_close(derivatives(losses.NTXentLoss(0.2), *views), truth)
 
@@ -178,7 +180,7 @@ def test_damsm_loss():
 
 
 def test_drop_in_options():
-    given = pairs()
+    given = pairs("cpu")
     for module in (losses.ClipLoss, losses.SigLipLoss):
         result = module(cache_labels=True, rank=0, world_size=1)(*given, output_dict=True)
         assert list(result) == ["contrastive_loss"]
