@@ -24,10 +24,10 @@ SHAPES = {
         {"N": 2048, "D": 256, "dtype": "bfloat16"},
     ],
     "cuda": [
-        {"N": 4096, "D": 512, "dtype": "bfloat16"},
-        {"N": 8192, "D": 512, "dtype": "float32"},
         {"N": 32768, "D": 512, "dtype": "bfloat16"},
         {"N": 32768, "D": 1024, "dtype": "bfloat16"},
+        {"N": 4096, "D": 512, "dtype": "bfloat16"},
+        {"N": 8192, "D": 512, "dtype": "float32"},
         {"N": 65536, "D": 768, "dtype": "bfloat16"},
     ],
     "quick": [{"N": 64, "D": 64, "dtype": "float32"}],

@@ -54,7 +54,7 @@ def _kept(row_labels, labels, i, j, N, M, offset, LABELS: tl.constexpr):
     return keep
 
 
-@triton.jit(do_not_specialize=["tuned_for"])
+@triton.jit(do_not_specialize=["N", "offset", "parts", "tuned_for"])
 def _stats_kernel(x, y, a, b, row_labels, labels, row, column, positive, N, M, D, offset, part,
                   parts, tuned_for, LABELS: tl.constexpr, COLUMNS: tl.constexpr,
                   TOTALS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -112,7 +112,7 @@ def _stats_kernel(x, y, a, b, row_labels, labels, row, column, positive, N, M, D
         tl.store(at + 3 * row_plane, plain, i < N)
 
 
-@triton.jit(do_not_specialize=["tuned_for"])
+@triton.jit(do_not_specialize=["N", "offset", "row_stride", "tuned_for"])
 def _gradient_kernel(x, y, a, b, row_labels, labels, row, column, g, N, M, D, offset, row_stride,
                      g_stride, smoothing, tuned_for, LABELS: tl.constexpr, COLUMNS: tl.constexpr,
                      PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -171,6 +171,7 @@ CANDIDATES = [
     _config(64, 64, 32, 1, 4, 3),
 ]
 CONFIGS = [_config(32, 32, 32, 1, 4, 1)] if knobs.runtime.interpret else CANDIDATES
+SMALL = 1 << 20  # pairs
 SHORTEST = min(config.kwargs["BLOCK_N"] for config in CONFIGS)
 PART = 256  # columns, or a multiple: no tile crosses the border of a part
 
@@ -187,7 +188,9 @@ def _fits(config: triton.Config, itemsize: int, arch: int) -> bool:
 def _fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
     x = arguments["x"]
     major, minor = torch.cuda.get_device_capability(x.device)
-    return [c for c in configs if _fits(c, x.element_size(), 10 * major + minor)]
+    fitting = [c for c in configs if _fits(c, x.element_size(), 10 * major + minor)]
+    # a small problem takes less time than trying: the smallest tile, of which there are the most
+    return fitting[-1:] if arguments["N"] * arguments["M"] < SMALL else fitting
 
 
 # what the tiles are chosen by, beside dtypes; choices are kept on disk, beside the compiled kernels
@@ -199,7 +202,7 @@ _stats, _gradient = _tuned(_stats_kernel), _tuned(_gradient_kernel)
 
 
 def _class(N: int, M: int, D: int) -> int:
-    # problems of about one size share their tiles
+    # problems of about one size share their tiles; none of SMALL is of a class with a larger one
     return 100 * (D - 1).bit_length() + (N * M).bit_length() // 3
 
 
