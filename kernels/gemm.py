@@ -156,8 +156,8 @@ def _compiles() -> list:
     rows = []
     strides = ("a_batch", "a_m", "a_d", "b_batch", "b_d", "b_n", "out_batch", "out_m")
     for element, precision, tile, options in variants():
-        types = {"a": element, "b": element, "out": "*fp32:16", "count": "*i64", "N": "i32:16"}
-        types |= dict.fromkeys(strides, "i32:16")
+        types = {"a": element, "b": element, "out": "*fp32:16", "count": "*i64"}
+        types |= dict.fromkeys(("M", "N", "D", *strides), "i32:16")
         # rows by rows, rows by columns, columns by columns
         for counted, ones in ((ROWS, ("a_d", "b_d")), (ROWS, ("a_d", "b_n")),
                               (DEPTH, ("a_m", "b_n"))):  # fmt: skip

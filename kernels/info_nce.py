@@ -168,7 +168,7 @@ CANDIDATES = [
     _config(128, 128, 64, 2, 8, 3),
     _config(128, 64, 64, 2, 4, 4),
     _config(128, 128, 32, 3, 8, 3),
-    _config(64, 64, 32, 1, 4, 3),
+    _config(64, 64, 32, 0, 4, 3),
 ]
 CONFIGS = [_config(32, 32, 32, 1, 4, 1)] if knobs.runtime.interpret else CANDIDATES
 SMALL = 1 << 20  # pairs
@@ -176,19 +176,22 @@ SHORTEST = min(config.kwargs["BLOCK_N"] for config in CONFIGS)
 PART = 256  # columns, or a multiple: no tile crosses the border of a part
 
 
-def _fits(config: triton.Config, itemsize: int, arch: int) -> bool:
+def _fits(config: triton.Config, itemsize: int, arch: int, labels: bool) -> bool:
     # a tile's rows are 128 bytes long, and so are fetched whole; tensor cores of sm_80 take their
-    # operands from registers, those of float32 in three parts: room for fewer sums a thread
+    # operands from registers, those of float32 in three parts: room for fewer sums a thread, as
+    # beside labels; few warps spill on sm_100
     tile = config.kwargs
     held = tile["BLOCK_N"] * tile["BLOCK_M"] // (32 * config.num_warps)
-    room = 128 if arch >= 90 else 128 // itemsize
+    room = 128 // itemsize if arch < 90 else 128 if arch < 100 else 16 * config.num_warps
+    room = min(room, 64) if labels else room
     return tile["BLOCK_D"] * itemsize == 128 and held <= room
 
 
 def _fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
     x = arguments["x"]
     major, minor = torch.cuda.get_device_capability(x.device)
-    fitting = [c for c in configs if _fits(c, x.element_size(), 10 * major + minor)]
+    labels = arguments["labels"] is not None
+    fitting = [c for c in configs if _fits(c, x.element_size(), 10 * major + minor, labels)]
     # a small problem takes less time than trying: the smallest tile, of which there are the most
     return fitting[-1:] if arguments["N"] * arguments["M"] < SMALL else fitting
 
@@ -247,18 +250,18 @@ def _compiles() -> list:
     built = []
     types = {"smoothing": "fp32", "row_labels": "*i32:16", "labels": "*i32:16"}
     types |= dict.fromkeys(("a", "b", "row", "column", "positive"), "*fp32:16")
-    types |= dict.fromkeys(("N", "M", "part", "row_stride", "g_stride"), "i32:16")
-    variants = (("*bf16:16", 2, "ieee"), ("*fp32:16", 4, "tf32x3"), ("*fp32:16", 4, "tf32"))
+    types |= dict.fromkeys(("M", "D", "part", "g_stride"), "i32:16")
+    variants = (("*bf16:16", 2, "tf32x3"), ("*fp32:16", 4, "tf32x3"), ("*fp32:16", 4, "tf32"))
     for element, itemsize, precision in variants:
         types |= dict.fromkeys(("x", "y", "g"), element)
         for tile in CANDIDATES:
-            archs = [arch for arch in (80, 90, 100) if _fits(tile, itemsize, arch)]
-            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "archs": archs}
-            rare = ((False, False), (True, True)) if tile is CANDIDATES[0] else ()
-            for labels, columns in ((False, True), *rare):
+            rare = {CANDIDATES[0]: (False, False), CANDIDATES[3]: (True, True)}.get(tile)
+            for labels, columns in ((False, True), *([rare] if rare else [])):
+                archs = [a for a in (80, 90, 100) if _fits(tile, itemsize, a, labels)]
+                options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages,
+                           "archs": archs}  # fmt: skip
                 constants = {"LABELS": labels, "COLUMNS": columns, "TOTALS": labels,
-                             "PRECISION": precision, "GROUP": 8, "D": 512,
-                             **tile.kwargs}  # fmt: skip
+                             "PRECISION": precision, "GROUP": 8, **tile.kwargs}  # fmt: skip
                 for kernel in (_stats_kernel, _gradient_kernel):
                     fixed = {k: v for k, v in constants.items() if k in kernel.arg_names}
                     left = [name for name in kernel.arg_names if name not in fixed]

@@ -96,6 +96,8 @@ def _tile_kernel(x, y, x_norms, y_norms, a, b, scales, shapes, weights, row_sums
     tl.store(columns, tl.sum(total * row_weight, 0), j < M)
     if GRADIENTS:
         scale = tl.load(scales + i, i < N, other=0.0)[:, None]
+        if RADIAL and DIAGONAL == 1:  # rows as given and as multiplied differ: none to itself
+            keep = keep & (i[:, None] != j[None, :])
         slope = tl.where(keep, slope * scale * column_weight, 0.0).to(out.dtype.element_ty)
         at = out + tl.cast(i, tl.int64)[:, None] * w_stride + j[None, :]
         tl.store(at, slope, (i < N)[:, None] & (j < M)[None, :])

@@ -30,7 +30,9 @@ def _stats_kernel(x, mean, var, B, C, n, length, parts, c_tiles, LAST: tl.conste
     stride = (BLOCK_P * C) if LAST else BLOCK_P
     # moments about the mean of the first tile: a mean far from zero costs no digits
     mask = (p < length)[:, None] & (c < C)[None, :]
-    first = tl.sum(tl.load(at, mask, other=0.0).to(ACC), 0) / tl.minimum(length, BLOCK_P).to(ACC)
+    first = tl.sum(tl.load(at, mask, other=0.0).to(ACC), 0) / tl.cast(
+        tl.minimum(length, BLOCK_P), ACC
+    )
     total = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     square = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for start in range(0, length, BLOCK_P):
@@ -40,8 +42,8 @@ def _stats_kernel(x, mean, var, B, C, n, length, parts, c_tiles, LAST: tl.conste
         total += d
         square += d * d
         at += stride
-    shift = tl.sum(total, 0) / length.to(ACC)
-    spread = tl.sum(square, 0) / length.to(ACC) - shift * shift
+    shift = tl.sum(total, 0) / tl.cast(length, ACC)
+    spread = tl.sum(square, 0) / tl.cast(length, ACC) - shift * shift
     out = (piece * B + b) * C + c
     tl.store(mean + out, first + shift, c < C)
     tl.store(var + out, tl.where(spread < 0, 0.0, spread), c < C)
@@ -152,7 +154,7 @@ def stats(_d, x, _g, _b, _m, _r, _p, _q, _o, mean, var, last: bool, _relu: bool,
     c_tiles = triton.cdiv(C, BLOCK_C)
     _stats_kernel[(B * parts * c_tiles,)](
         x, mean, var, B, C, n, n // parts, parts, c_tiles, last, _acc(mean), BLOCK_P, BLOCK_C,
-        num_warps=_warps(BLOCK_P * BLOCK_C),
+        num_warps=_warps(BLOCK_P * BLOCK_C // 2),
     )  # fmt: skip
 
 
@@ -194,21 +196,23 @@ def _compiles() -> list:
         cell = {"W": 256, "K": 16, "RELU": True}
         rows, cells, columns = _block(16, 16, 16, tile["BLOCK_P"])
         block = {"BLOCK_R": rows, "BLOCK_J": cells, "BLOCK_K": columns, "BLOCK_C": tile["BLOCK_C"]}
-        options = {"num_warps": 8}
-        for x in ("*bf16", "*fp32"):
+        for x in ("*bf16:16", "*fp32:16"):
             f32 = dict.fromkeys(
-                ("mean", "var", "rstd", "p_term", "q_term", "dgamma", "dbeta"), "*fp32"
+                ("mean", "var", "rstd", "p_term", "q_term", "dgamma", "dbeta"), "*fp32:16"
             )
-            types = {**f32, "x": x, "dout": x, "out": x, "gamma": x, "beta": "*fp32"}
+            types = {**f32, "x": x, "dout": x, "out": x, "gamma": x, "beta": "*fp32:16"}
+            types |= dict.fromkeys(("C", "n", "cells", "length", "w", "h"), "i32:16")
             for kernel, constants in (
                 (_stats_kernel, {**common, **tile}),
+                (_stats_kernel, {**common, **tile, "length": 1}),  # maps of one place
                 (_map_kernel, {**common, **cell, **tile, "BACKWARD": False}),
                 (_map_kernel, {**common, **cell, **tile, "BACKWARD": True}),
                 (_sums_kernel, {**common, **cell, **block}),
             ):
                 names = [name for name in kernel.arg_names if name not in constants]
                 signature = {name: types.get(name, "i32") for name in names}
-                built.append((kernel, signature, constants, options))
+                warps = 4 if kernel is _stats_kernel else 8
+                built.append((kernel, signature, constants, {"num_warps": warps}))
     return built
 
 

@@ -114,11 +114,11 @@ def chosen(precision: str | None, x: Tensor, y: Tensor) -> str:
         return precision
     if x.dtype == y.dtype == torch.bfloat16:
         return "bfloat16"
-    return "tf32" if x.is_cuda and _tf32_allowed() else "float32"
+    return "tf32" if x.is_cuda and tf32_allowed() else "float32"
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot trace the getter, but guards the setting
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 

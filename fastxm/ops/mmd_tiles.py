@@ -103,6 +103,8 @@ def plain(
         s = (rows.norms[:, None] + columns.norms - 2 * products).clamp_min(0)
         s = s if own == "plain" else s * off_diagonal(s)
     keep = off_diagonal(s) if own == "dropped" else 1
+    # rows as given and as multiplied differ: a row's slope to itself would pull it between them
+    differ = off_diagonal(s) if f.radial and own == "same" else keep
     k = value(f.terms, s, f.parameters) * keep
     rows.potential += k @ columns.weight
     if mirrored:
@@ -113,7 +115,7 @@ def plain(
         f.derivatives += torch.stack([left @ (d * keep) @ columns.weight for d in found])
     if not wanted(rows, columns):
         return None
-    w = rows.scale[:, None] * columns.weight * (slope(f.terms, s, f.parameters) * keep)
+    w = rows.scale[:, None] * columns.weight * (slope(f.terms, s, f.parameters) * differ)
     weights.copy_(w)
     rows.slopes += weights.sum(1, dtype=rows.slopes.dtype)
     if mirrored:

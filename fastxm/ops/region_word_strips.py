@@ -15,7 +15,7 @@ from fastxm.ops import gemm
 from fastxm.ops.region_word_reference import EPS
 from fastxm.ops.region_word_rows import Texts, norms, through_norms
 
-STRIP = 128 << 20  # bytes of the strips of some pictures together
+STRIP = 1 << 30  # bytes of the strips of some pictures together: each takes some 80 launches
 COLUMNS = 1 << 22  # of a strip: offsets in a tile of it stay within 32 bits
 
 
@@ -44,7 +44,9 @@ class Words:
         width = _whole(regions.shape[1])
         depth = 0 if self.gram else self.packed.shape[1]
         row = 20 * width + 4 * depth  # bytes of s, alpha, ds, twice and g, and of the contexts
-        P = max(1, min(STRIP // max(1, self.texts.K * row), COLUMNS // width))
+        most = max(1, min(STRIP // max(1, self.texts.K * row), COLUMNS // width))
+        strips = max(1, -(-len(regions) // most))
+        P = max(1, -(-len(regions) // strips))  # a short last strip would be tuned by itself
         for i in range(0, len(regions) if self.texts.K else 0, P):
             some = slice(i, min(i + P, len(regions)))
             yield some, Strip(self, regions[some])

@@ -17,6 +17,7 @@ from fastxm.ops import (
     mmd2,
     mmd2_and_variance,
     mmd_backends,
+    mmd_checks,
     mmd_median,
     mmd_moments,
     mmd_moments_reference,
@@ -340,6 +341,34 @@ def test_nan_of_one_row_reaches_all_that_meet_it(dtype, device):
     total = mmd2(x, y)
     assert total.isnan()
     assert all(g.isnan().all() for g in torch.autograd.grad(total, (x, y)))
+
+
+@pytest.mark.parametrize("name", [None, "reference"])
+def test_a_row_has_no_slope_to_itself(name, device):
+    # rows as given and as multiplied differ; a narrow kernel's true gradient is a billionth of that
+    x, y = (torch.randn(n, 65, device=device).bfloat16() for n in (40, 50))
+
+    def slope(x):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(mmd2(leaf, y.to(x), RBF(1)), leaf)[0].double()
+
+    truth = slope(x.double())
+    with backend(name) if name else nullcontext():
+        found = slope(x)
+    assert truth.abs().max() < 1e-12
+    # weights and the result are bfloat16: two roundings of 2^-9, and as much for what they cancel
+    assert (found - truth).abs().max() <= 2**-7 * truth.abs().max()
+
+
+def test_tf32_is_read_where_a_compiled_graph_can_follow():
+    mode = torch.backends.cuda.matmul.fp32_precision
+    read = torch.compile(lambda t: t + mmd_checks.tf32_allowed(), fullgraph=True, backend="eager")
+    try:
+        for setting in ("ieee", "tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert read(torch.zeros(())).item() == (setting == "tf32")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = mode
 
 
 def test_nan_of_one_row_reaches_all_by_triton(device):
