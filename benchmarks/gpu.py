@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command and without a network.
 
-    python benchmarks/gpu.py --minutes 8 [--out DIR] [--only build,test,...]
+    python benchmarks/gpu.py --minutes 8 [--out DIR] [--only build,test,...] [--archive FILE]
 
 Stages run one after the other, each in a process of its own that is ended at its limit, or before
-that once it has had twice its share of the time left: a slow stage does not starve the later ones.
+that once it has had twice its share of the time left: one slow stage does not starve the later
+ones, several do; with little time name stages, and go on with others in another call.
 Each writes DIR/stage_<name>.json as it ends; DIR/summary.json and a table come last.
 """
 
@@ -52,7 +53,7 @@ def python(*arguments: object) -> list[str]:
 def stages(out: Path, work: Path) -> list[Stage]:
     """All stages, in order."""
     install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", ROOT]
-    doctor = "from fastxm.cli import main; raise SystemExit(main(['doctor']))"
+    doctor = "from rich.console import Console; from fastxm.doctor import report; report(Console())"
     chosen = "(cuda or triton or gpu) and not emulated"
     tests = [ROOT / "tests/ops", ROOT / "tests/test_losses.py", "-k", chosen]
     tests += ["-p", "no:cacheprovider"]
@@ -71,13 +72,11 @@ def stages(out: Path, work: Path) -> list[Stage]:
         stages.append(Stage(op, lambda script=script: python(*script), limit, {}))
     steps = [BENCH / "bench_training.py", "--device", "cuda", "--out", out]
     steps += ["--rounds", 3, "--seconds", 3]
-    resources = [ROOT / "tests/compile.py", "--json", out / "resources.json"]
     return [
         *stages,
         Stage("steps", lambda: python(*steps), 180, {}),
         Stage("profile", lambda: python(BENCH / "profile_op.py", out), 30, {}),
         Stage("train", lambda: training(out, work), 60, {"FASTXM_DATA": str(work / "data")}),
-        Stage("resources", lambda: python(*resources), 60, {}),
     ]
 
 
@@ -101,8 +100,10 @@ def sanitizer(tool: str) -> list[str] | str:
     return [found, "--tool", tool, "--error-exitcode", "9", *python("-c", code)]
 
 
-def training(out: Path, work: Path) -> list[str]:
-    """A short training at 64 px on drawn shapes, which need neither a cache nor other packages."""
+def training(out: Path, work: Path) -> list[str] | str:
+    """A short training at 64 px on drawn shapes, which need neither a cache nor a network."""
+    if not importlib.util.find_spec("tyro"):
+        return "fastxm train needs tyro"
     subprocess.run(python(BENCH / "synthetic.py", work), check=True)
     data = ["--data", work / "pictures", "--text-encoder", work / "encoder", "--text-width", 128]
     command = "from fastxm.cli import main; raise SystemExit(main())"
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--minutes", type=float, default=8, help="for all stages together")
     flags.add_argument("--out", type=Path, default=BENCH / "results" / "gpu")
     flags.add_argument("--only", help="stages, by commas")
+    flags.add_argument("--archive", type=Path, help="pack DIR as FILE.tar.gz after every stage")
     args = flags.parse_args(argv)
     deadline = time.monotonic() + 60 * args.minutes - RESERVE
     out = args.out.resolve()
@@ -191,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
             print(results[-1].get("output") or results[-1].get("why", ""), flush=True)
             facts = {"gpu": device, "minutes": args.minutes, "stages": results}
             (out / "summary.json").write_text(json.dumps(facts, indent=1) + "\n")
+            if args.archive:
+                shutil.make_archive(str(args.archive), "gztar", out)
     print(summary(results))
     return int(any(result["status"] == "failed" for result in results))
 

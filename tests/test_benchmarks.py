@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import sys
+import tarfile
 import types
 from pathlib import Path
 
@@ -260,8 +261,12 @@ def test_gpu_stages_end_in_a_summary(monkeypatch, tmp_path, capsys):
     ]
     monkeypatch.setattr(gpu, "stages", lambda *_: made)
     monkeypatch.setattr(gpu, "gpu", lambda: "a GPU")
-    assert gpu.main(["--minutes", "1", "--out", str(tmp_path)]) == 1
+    packed, tmp_path = tmp_path / "packed", tmp_path / "results"
+    options = ["--minutes", "1", "--out", str(tmp_path), "--archive", str(packed)]
+    assert gpu.main(options) == 1
     found = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    with tarfile.open(f"{packed}.tar.gz") as archive:
+        assert {"./summary.json", "./stage_absent.json"} <= set(archive.getnames())
     assert [r["status"] for r in found] == ["ok", "failed", "timed out", "skipped"]
     assert found[0]["output"] == "fine\n"
     assert json.loads((tmp_path / "stage_bad.json").read_text())["returncode"] == 3
