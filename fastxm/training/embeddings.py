@@ -11,8 +11,7 @@ from torch import Tensor
 from fastxm.data import BatchSampler, CaptionedImages, text_features
 from fastxm.data.image_features import image_features
 from fastxm.data.transforms import random_flip
-from fastxm.training.batches import Batch as Batch
-from fastxm.training.batches import pictures, place
+from fastxm.training.batches import Batch, pictures, place
 
 
 class Embeddings:

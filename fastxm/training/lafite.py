@@ -26,9 +26,10 @@ from fastxm.encoders.frozen import Looks
 from fastxm.models.lafite import LAFITE, LAFITEConfig
 from fastxm.models.pretrained import Pretrained
 from fastxm.nn.directions import Noise, draw_noise
+from fastxm.training.batches import Batch
 from fastxm.training.diagnostics import HeldOutPairs
 from fastxm.training.ema import EMA
-from fastxm.training.embeddings import Batch, EmbeddedBatches
+from fastxm.training.embeddings import EmbeddedBatches
 from fastxm.training.gan import GANRecipe, gradients, sample_captions
 from fastxm.training.joint_data import OF_ENCODER, JointData
 from fastxm.training.precision import autocast, seed_all

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from fastxm.models.vdl import VDL, VDLConfig
 from fastxm.ops import info_nce
 from fastxm.training import checkpoint
-from fastxm.training.batches import place
-from fastxm.training.embeddings import Batch
+from fastxm.training.batches import Batch, place
 from fastxm.training.gan import gradients
 from fastxm.training.joint_data import JointData
 from fastxm.training.lafite import Drawn, LAFITERecipe, LAFITETraining
