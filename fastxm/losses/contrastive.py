@@ -8,22 +8,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxm.ops import info_nce, region_word_scores
+from fastxm.ops.distributed import gather_rows, row_counts
 from fastxm.ops.info_nce_views import info_nce_views
 from fastxm.ops.siglip import siglip
 
 
-def nce(a: Tensor, b: Tensor, *, temperature: float = 0.1) -> Tensor:
+def nce(
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: float = 0.1,
+    group: "dist.ProcessGroup | None" = None,
+) -> Tensor:
     """XMC-GAN's contrastive loss of paired rows: the sum of the two directions, of cosines.
 
     Args:
         a: [B, D].
         b: [B, D], row i the partner of a's row i.
         temperature: divides the cosines.
+        group: whose ranks each give their pairs; as of `info_nce`.
 
     Returns:
         scalar, float32.
     """
-    return 2 * info_nce(a, b, 1 / temperature, normalize=True)
+    return 2 * info_nce(a, b, 1 / temperature, normalize=True, group=group)
 
 
 def pseudo_text_loss(
@@ -77,6 +85,7 @@ def region_word_loss(
     attention_sharpness: float = 5.0,
     pooling_sharpness: float = 5.0,
     score_scale: float = 50.0,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """XMC-GAN's word loss: text i and picture i belong together, the sum of the two directions.
 
@@ -87,17 +96,26 @@ def region_word_loss(
         attention_sharpness: gamma_1, of the softmax over regions.
         pooling_sharpness: gamma_2, of the pooling over words.
         score_scale: gamma_3, of the scores as logits.
+        group: a torch.distributed group: each rank gives its own pictures and texts, of any number,
+            and scores the texts of all against its pictures. Each has the whole loss; the average
+            over ranks of their gradients, DistributedDataParallel's, is the whole gradient.
 
     Returns:
         scalar, float32.
     """
+    words = words.to(regions.dtype)
+    if group is not None:
+        counts = row_counts(len(words), words.device, group)
+        words, lengths = (gather_rows(t, counts, group) for t in (words, lengths))
     scores = score_scale * region_word_scores(
         regions,
-        words.to(regions.dtype),
+        words,
         lengths,
         attention_sharpness=attention_sharpness,
         pooling_sharpness=pooling_sharpness,
     )
+    if group is not None:
+        scores = gather_rows(scores.T, counts, group).T
     return both_ways(scores)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,7 @@ class ModulatedNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    group: "dist.ProcessGroup | None" = None  # of `synchronise`
 
     def __init__(self, channels: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
@@ -55,7 +57,18 @@ class ModulatedNorm(nn.Module):
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
+            group=self.group,
         )
+
+
+def synchronise(network: nn.Module, group: "dist.ProcessGroup | None") -> None:
+    """Lets every `ModulatedNorm` take the batch of all ranks of a group; None, of one process.
+
+    A network that has a group cannot be copied: copies are made before.
+    """
+    for module in network.modules():
+        if isinstance(module, ModulatedNorm):
+            module.group = group
 
 
 @torch.no_grad()

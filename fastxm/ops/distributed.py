@@ -6,6 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def group_of(name: Any) -> dist.ProcessGroup:
+    """The group of a `group_name`, as torch's functional collectives find it."""
+    return _resolve_process_group(name)
 
 
 def row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
