@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastxm.data import BatchSampler, CaptionedImages
 from fastxm.data.transforms import random_flip
+from fastxm.training.ranks import Ranks
 
 Batch = dict[str, Any]
 
@@ -55,6 +56,8 @@ class CaptionedBatches:
         seed: of the sampler.
         flip: mirrors half of the pictures.
         device: where the tensors go.
+        ranks: of several, each is given its own rows; `batch_size` is of them all.
+        parts: of a batch that are shared out each by itself.
     """
 
     def __init__(
@@ -66,8 +69,11 @@ class CaptionedBatches:
         seed: int = 0,
         flip: bool = False,
         device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
+        parts: int = 1,
     ):
         self.dataset, self.features = dataset, features
+        self.ranks, self.parts = ranks or Ranks(), parts
         self.flip, self.device = flip, torch.device(device)
         self.sampler = BatchSampler(dataset, batch_size, seed=seed)
 
@@ -76,10 +82,12 @@ class CaptionedBatches:
             yield self.batch(indices, numbers)
 
     def batch(self, indices: Tensor, numbers: Tensor) -> Batch:
-        """The pictures `indices` [B] with their captions `numbers` [B]."""
+        """Of the pictures `indices` [B] with their captions `numbers` [B], this rank's rows."""
+        drawn = torch.rand(len(indices), device=self.device) if self.flip else None
+        indices, numbers = (self.ranks.own(t, self.parts) for t in (indices, numbers))
         image = pictures(self.dataset, indices, self.device)
-        if self.flip:
-            image = random_flip(image)
+        if drawn is not None:
+            image = random_flip(image, drawn=self.ranks.own(drawn, self.parts))
         text = self.features.batch(self.features.row(indices, numbers))
         tensors = {"image": image, **text, "index": indices}
         batch: Batch = {name: place(tensor, self.device) for name, tensor in tensors.items()}

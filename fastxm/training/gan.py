@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastxm.data import BatchSampler, CaptionedImages, open_dataset
 from fastxm.models.text_to_image import TextToImage
-from fastxm.nn import take_statistics
+from fastxm.nn import synchronise, take_statistics
 from fastxm.training.batches import CaptionedBatches
 from fastxm.training.ema import EMA
 from fastxm.training.precision import Precision, autocast, pick_device, pick_precision
@@ -33,7 +33,7 @@ class GANTraining:
     resize: Literal["crop", "stretch"] = "crop"
     """Of a folder's pictures: cut the middle square, or keep all, out of proportion."""
     batch_size: int = 64
-    """Pictures in an update."""
+    """Pictures in an update, of all processes together."""
     lr_g: float = 1e-4
     """Adam's step of the generator."""
     lr_d: float = 4e-4
@@ -118,6 +118,7 @@ class GANRecipe(Recipe):
             features: from a data set to its text features, as `CaptionedBatches` takes them.
         """
         config = self.config
+        self.ranks.check(config.batch_size)
         options = {} if config.data == "emoji" else {"resize": config.resize}
         train = open_dataset(config.data, image_size, "train", **options)
         held_out = open_dataset(config.data, image_size, "val", **options)
@@ -129,6 +130,8 @@ class GANRecipe(Recipe):
             seed=config.seed,
             flip=config.flip,
             device=self.device,
+            ranks=self.ranks,
+            parts=self.images_per_step // config.batch_size,
         )
 
     def player(self, network: nn.Module, lr: float) -> Player:
@@ -140,6 +143,7 @@ class GANRecipe(Recipe):
         config = self.config
         self.model = model
         self.ema = EMA(model.generator, config.ema_decay, ramp=config.ema_ramp)
+        synchronise(model.generator, self.ranks.group)  # not the average: one rank draws of it
         self.statistics_of: int | None = None  # the update whose average has its own statistics
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
@@ -159,9 +163,10 @@ class GANRecipe(Recipe):
 
     def update(self, gradients: dict[str, tuple[Tensor, ...]]) -> None:
         """Applies gradients of (scaled) losses; fp16 skips an update that overflowed."""
+        mean = iter(self.ranks.average([t for values in gradients.values() for t in values]))
         for name, values in gradients.items():
             player = self.players[name]
-            player.take(values)
+            player.take([next(mean) for _ in values])
             self.scaler.step(player.optimizer)
             player.optimizer.zero_grad()
         self.scaler.update()

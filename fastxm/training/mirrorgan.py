@@ -37,6 +37,7 @@ from fastxm.training.captions import concepts
 from fastxm.training.damsm import DAMSMRecipe, DAMSMTraining
 from fastxm.training.gan import GANRecipe, GANTraining, gradients
 from fastxm.training.precision import Precision, autocast, seed_all
+from fastxm.training.ranks import alone
 from fastxm.training.recipe import Samples, State
 from fastxm.training.stages import Stage, train_stages
 from fastxm.training.stream import STREAMRecipe, STREAMTraining
@@ -305,8 +306,9 @@ def train_mirrorgan(
 
     Raises:
         FileNotFoundError: a run that the configuration names has no model.
-        ValueError: as `train_stages`.
+        ValueError: as `train_stages`, or there are several processes.
     """
+    alone(MirrorGANRecipe.system)
     recipe = MirrorGANRecipe(config)
     recipe.stages = out
     if not resume:

@@ -12,6 +12,7 @@ from fastxm.models.selfsup import CrossModalAutoencoder
 from fastxm.training import config as configs
 from fastxm.training.image_autoencoder import ImageRecipe, ImageTraining
 from fastxm.training.mapping import MappingRecipe, MappingTraining
+from fastxm.training.ranks import alone
 from fastxm.training.stages import Stage, check, train_stages
 from fastxm.training.text_autoencoder import TextRecipe, TextTraining
 from fastxm.training.trainer import Run
@@ -74,8 +75,9 @@ def train_selfsup(config: SelfSupTraining, out: Path, *, resume: bool = False) -
         the stages' runs, the last one interrupted if a signal came.
 
     Raises:
-        ValueError: as `train_stages`.
+        ValueError: as `train_stages`, or there are several processes.
     """
+    alone("selfsup")
     made = stages(config, out)
     check(made, out, resume=resume)
     configs.write(out / "config.yaml", "selfsup", config)

@@ -1,0 +1,175 @@
+"""The processes of one training, as `torchrun` and `accelerate launch` start them.
+
+Each draws what one process alone would, the order of the data, noise and augmentation of the whole
+batch, and computes its own rows of it. Losses are such that their average over ranks is that of the
+whole batch, and so are gradients averaged: numbers depend on how many ranks there are by rounding
+alone, and a checkpoint may be resumed on any number of them.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET = 1 << 24  # numbers that are exchanged at once
+PATIENCE = timedelta(hours=1)  # while the first rank draws, judges and writes, others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a training; of one alone, the default, nothing is exchanged.
+
+    Args:
+        rank: of this process; the first, 0, alone writes.
+        size: how many there are.
+        group: of torch.distributed; None of one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, total: int) -> slice:
+        """This rank's rows of a whole batch: consecutive shares, equal but for one row."""
+        return slice(total * self.rank // self.size, total * (self.rank + 1) // self.size)
+
+    def own(self, whole: Tensor, parts: int = 1) -> Tensor:
+        """This rank's rows of each of some equal parts of a whole batch [parts * B, ...]."""
+        if self.size == 1:
+            return whole
+        split = whole.unflatten(0, (parts, -1))
+        return split[:, self.rows(split.shape[1])].flatten(0, 1)
+
+    def share(self, total: int) -> float:
+        """What a mean over this rank's rows of a whole batch is multiplied by.
+
+        The average of such products over ranks is the mean over the whole batch.
+        """
+        own = self.rows(total)
+        return self.size * (own.stop - own.start) / total
+
+    def check(self, batch_size: int) -> None:
+        """Raises ValueError where a batch has fewer rows than there are ranks."""
+        if self.size > batch_size:
+            raise ValueError(f"batch_size {batch_size} leaves some of {self.size} processes no row")
+
+    @torch.no_grad()
+    def average(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors, averaged over ranks, in their memory order."""
+        if self.size == 1:
+            return tensors
+        averaged: list[Tensor] = []
+        for _, bucket, views in buckets(tensors):
+            dist.all_reduce(bucket, group=self.group)
+            bucket.div_(self.size)
+            averaged += views
+        return averaged
+
+    @torch.no_grad()
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
+        """Makes the tensors those of the first rank, in place."""
+        if self.size > 1:
+            for some, bucket, views in buckets(sorted(tensors, key=lambda t: str(kind(t)))):
+                dist.broadcast(bucket, group_src=0, group=self.group)
+                torch._foreach_copy_(some, views)
+
+    def of_first(self, state: Any) -> Any:
+        """What the first rank has for these tensors and plain values."""
+        if self.size == 1:
+            return state
+        file = io.BytesIO()
+        torch.save(state, file)
+        data = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+        length = torch.tensor(len(data))
+        dist.broadcast(length, group_src=0, group=self.group)
+        data = data if self.first else data.new_empty(int(length))
+        dist.broadcast(data, group_src=0, group=self.group)
+        return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank; none goes on before all have come here."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor(int(flag))  # on the CPU: no GPU is waited for
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return bool(found)
+
+
+def kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
+def buckets(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor, list[Tensor]]]:
+    """Consecutive tensors of a kind, a flat copy of them, and each as it stands in the copy."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(t.numel() for t in some) + tensor.numel() > BUCKET
+        if some and (full or kind(some[0]) != kind(tensor)):
+            yield some, *flattened(some)
+            some = []
+        some.append(tensor)
+    if some:
+        yield some, *flattened(some)
+
+
+def flattened(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    flat = tensors[0].new_empty(sum(t.numel() for t in tensors))
+    parts = flat.split([t.numel() for t in tensors])
+    strides = [torch.empty_like(t, device="meta").stride() for t in tensors]  # dense
+    views = [part.as_strided(t.shape, s) for part, t, s in zip(parts, tensors, strides)]
+    torch._foreach_copy_(views, tensors)
+    return flat, views
+
+
+def launched() -> int:
+    """How many processes there are: of torch.distributed, else as torchrun or accelerate say."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def alone(system: str) -> None:
+    """Raises ValueError where several processes would train a system that one alone can."""
+    if launched() > 1:
+        raise ValueError(f"{system} trains in one process: start it without torchrun")
+
+
+def number(name: str = "RANK") -> int:
+    """This process's number among them all, or with "LOCAL_RANK" among those of its machine."""
+    return int(os.environ.get(name) or 0) if launched() > 1 else 0
+
+
+@contextlib.contextmanager
+def started(device: torch.device) -> Iterator[Ranks]:
+    """The processes that were launched, in touch until the training ends.
+
+    Args:
+        device: what this one computes on.
+    """
+    if launched() == 1:
+        yield Ranks()
+        return
+    backend = "gloo"  # what the loop asks goes through the CPU
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    before = dist.is_initialized()
+    if before:
+        group = dist.new_group(backend=backend, timeout=PATIENCE)
+    else:
+        dist.init_process_group(backend, timeout=PATIENCE)
+        group = dist.group.WORLD
+    yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+    # not after an error: others may wait in an exchange that will not come, and end with torchrun
+    dist.destroy_process_group(group if before else None)
