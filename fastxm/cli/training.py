@@ -155,8 +155,11 @@ def finish(run: "Run", out: Path) -> None:
 
 def train_dual_encoder(arguments: list[str]) -> None:
     """Train the dual encoder that ranks pictures and captions."""
+    import torch
+
     from fastxm.training.dual_encoder import DualEncoderTraining
     from fastxm.training.dual_encoder import train_dual_encoder as fit
+    from fastxm.training.ranks import started
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
@@ -170,7 +173,10 @@ def train_dual_encoder(arguments: list[str]) -> None:
     asked = parse(Arguments, "train dual-encoder", arguments, default=default, config=flat)
     if (asked.out / "config.yaml").exists():
         raise ValueError(f"{asked.out} already holds a run: choose another --out")
-    model, metrics = fit(asked.config)
+    with started(torch.device("cpu")) as ranks:
+        model, metrics = fit(asked.config, progress=ranks.first, ranks=ranks)
+    if not ranks.first:
+        return
     configs.write(asked.out / "config.yaml", "dual-encoder", asked.config)
     (asked.out / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     model.save_pretrained(asked.out / "model")

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 BUCKET = 1 << 24  # numbers that are exchanged at once
 PATIENCE = timedelta(hours=1)  # while the first rank draws, judges and writes, others wait
@@ -104,6 +106,26 @@ class Ranks:
         found = torch.tensor(int(flag))  # on the CPU: no GPU is waited for
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return bool(found)
+
+
+class WholeDropout(TorchFunctionMode):
+    """Inside, dropout of a rank's rows draws for the whole batch, as one process does.
+
+    Args:
+        ranks: of this process.
+        total: rows of the whole batch.
+    """
+
+    def __init__(self, ranks: Ranks, total: int):
+        super().__init__()
+        self.ranks, self.total = ranks, total
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.dropout or self.ranks.size == 1:
+            return func(*args, **(kwargs or {}))
+        x, *rest = args
+        whole = x.new_ones(self.total, *x.shape[1:])
+        return x * self.ranks.own(F.dropout(whole, *rest, **(kwargs or {})))
 
 
 def kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,8 +16,10 @@ from small import Letters, pictures, recipe
 from toy import Toy
 
 from fastxm.data import TextFeatures
+from fastxm.encoders.dual import DualEncoder, DualEncoderConfig
 from fastxm.training import batches, checkpoint, xmcgan
-from fastxm.training.ranks import Ranks, buckets
+from fastxm.training.dual_encoder import DualEncoderTraining, Pairs, fit
+from fastxm.training.ranks import Ranks, buckets, started
 from fastxm.training.trainer import LoopConfig, NonFiniteLoss, train
 
 SIZE = 3  # processes: of 4 pictures they have 1, 1 and 2
@@ -60,6 +63,30 @@ class Spanning(Toy):
         return super().step(batch)
 
 
+def pairs():
+    """Fourteen pairs of five concepts; the last batch of a pass is smaller than the ranks are."""
+    generator = torch.Generator().manual_seed(3)
+    images, sentences = torch.randn(2, 14, 6, generator=generator)
+
+    class Text:
+        def row(self, index, number):
+            return torch.from_numpy((index + number) % 14)
+
+        def batch(self, rows):
+            return {"sentence": sentences[rows]}
+
+    labels = torch.arange(14) % 5
+    return Pairs(images, Text(), np.arange(14), np.full(14, 2), labels, [str(i) for i in range(14)])
+
+
+def heads(ranks):
+    """A dual encoder after three passes."""
+    torch.manual_seed(5)
+    model = DualEncoder(DualEncoderConfig(image_width=6, text_width=6, hidden=8, width=4))
+    fit(model, pairs(), DualEncoderTraining(epochs=3, batch_size=6), False, ranks)
+    return model.state_dict()
+
+
 def made(folder):
     return recipe(folder / "pictures", **OPTIONS)
 
@@ -86,6 +113,8 @@ def run_rank(rank, folder):
     train(made(folder), folder / "ranks", WHOLE)
     train(made(folder), folder / "from ranks", SHORT)
     train(made(folder), folder / "to ranks", WHOLE, resume=True)
+    with started(torch.device("cpu")) as ranks:
+        found["heads"] = heads(ranks)
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -101,6 +130,7 @@ def runs(tmp_path_factory):
         try:
             train(made(folder), folder / "one process", WHOLE)
             train(made(folder), folder / "to ranks", SHORT)
+            torch.save(heads(Ranks()), folder / "heads.pt")
             torch.multiprocessing.spawn(run_rank, (folder,), nprocs=SIZE)
             train(made(folder), folder / "from ranks", WHOLE, resume=True)
         finally:
@@ -156,6 +186,12 @@ def test_a_recipe_of_one_process_is_refused(runs):
     for message in found(runs, "one"):
         assert message == "toy trains in one process: start it without torchrun"
     assert not (runs / "one").exists()
+
+
+def test_the_dual_encoder(runs):
+    truth = torch.load(runs / "heads.pt", weights_only=True)
+    for state_of_rank in found(runs, "heads"):
+        torch.testing.assert_close(state_of_rank, truth)
 
 
 def test_rows_are_shared_out():
