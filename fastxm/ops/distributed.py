@@ -15,8 +15,9 @@ def group_of(name: Any) -> dist.ProcessGroup:
 
 
 def row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
-    """How many rows each rank holds."""
-    own = torch.tensor([rows], device=device)
+    """How many rows each rank holds; no GPU is waited for where the group talks on the CPU too."""
+    here = device if "cpu" not in dist.get_backend_config(group) else "cpu"
+    own = torch.tensor([rows], device=here)
     counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, own, group=group)
     return torch.cat(counts).tolist()
