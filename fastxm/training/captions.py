@@ -29,7 +29,7 @@ class CaptionTraining:
 
     loop: LoopConfig = field(default_factory=LoopConfig)
     data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
+    """"emoji", or a folder or tar shards of captioned pictures."""
     image_size: int = 256
     """Side of the pictures, before the image encoder resizes them."""
     batch_size: int = 48
