@@ -53,7 +53,7 @@ class CaptionedImages:
 
     def batch(self, indices: Any) -> Tensor:
         """Several pictures. Returns [B, 3, S, S] in [0, 1]."""
-        return self.pixels(indices).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        return planes(self.pixels(indices))
 
     def pixels(self, indices: Any) -> Tensor:
         """Several pictures as they are kept. Returns uint8 [B, S, S, 3]."""
@@ -71,6 +71,11 @@ class CaptionedImages:
             groups=[self.groups[i] for i in rows],
             weights=self.weights[rows],
         )
+
+
+def planes(pixels: Tensor) -> Tensor:
+    """Bytes [B, S, S, 3] as floats [B, 3, S, S] in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 def open_dataset(

@@ -137,7 +137,7 @@ class CaptionRecipe(Recipe):
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         config, optimizer = self.config, self.players[self.system].optimizer
-        passed = int(self.batches.sampler.batches / self.epoch)
+        passed = int(self.batches.position["batches"] / self.epoch)
         for group in optimizer.param_groups:
             group["lr"] = max(config.lr * config.lr_decay**passed, config.lr_min)
         if config.unknown:
