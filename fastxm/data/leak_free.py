@@ -9,8 +9,8 @@ A joint encoder has learnt from pairs of pictures and captions. A generator that
 
 `emoji` has the styles openmoji and twemoji, which its captions name, so that none is shared. The
 training concepts are then either shared, as CLIP knows what any picture shows, or parted too, one
-half to the encoder and the other to the generator. A folder or tars have one style:
-their concepts part.
+half to the encoder and the other to the generator. A folder, or tars, have one style; their
+concepts part.
 """
 
 import hashlib
