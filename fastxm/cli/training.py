@@ -99,7 +99,10 @@ def base(system: str, arguments: list[str]) -> tuple[dict[str, Any], str, Path, 
     preset = known.preset or SYSTEMS[system][2]
     values, where = configs.preset(system, preset), f"preset {preset}"
     data = known.data or values["data"]
-    out = Path(known.out or f"runs/{system}-{Path(data).name}-{preset}")
+    named = Path(data)
+    if "{" in named.name:  # a pattern of tars: named as their folder is
+        named = named.resolve().parent
+    out = Path(known.out or f"runs/{system}-{named.name}-{preset}")
     if known.resume and not known.preset:
         return configs.read(out / "config.yaml", system), preset, out, str(out / "config.yaml")
     return values, preset, out, where

@@ -29,7 +29,7 @@ class CaptionTraining:
 
     loop: LoopConfig = field(default_factory=LoopConfig)
     data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
+    """"emoji", or a folder or tar shards of captioned pictures."""
     image_size: int = 256
     """Side of the pictures, before the image encoder resizes them."""
     batch_size: int = 48
@@ -137,7 +137,7 @@ class CaptionRecipe(Recipe):
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         config, optimizer = self.config, self.players[self.system].optimizer
-        passed = int(self.batches.sampler.batches / self.epoch)
+        passed = int(self.batches.position["batches"] / self.epoch)
         for group in optimizer.param_groups:
             group["lr"] = max(config.lr * config.lr_decay**passed, config.lr_min)
         if config.unknown:

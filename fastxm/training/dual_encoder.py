@@ -32,7 +32,7 @@ class DualEncoderTraining:
 
     model: DualEncoderConfig = field(default_factory=DualEncoderConfig)
     data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
+    """"emoji", or a folder or tar shards of captioned pictures."""
     image_size: int = 64
     """Side of the pictures before the image encoder resizes them: that of what it is to judge."""
     split: Literal["all", "styles", "concepts"] = "all"

@@ -1,7 +1,7 @@
 """Batches of pictures and of their embeddings in a joint space, captions where they are known."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastxm.data import BatchSampler, CaptionedImages, text_features
 from fastxm.data.image_features import image_features
 from fastxm.data.transforms import random_flip
-from fastxm.training.batches import Batch, pictures, place
+from fastxm.training.batches import Batch, ReadAhead, on_device, place
 
 
 class Embeddings:
@@ -106,8 +106,8 @@ def share(id: str) -> float:
     return int.from_bytes(hashlib.sha256(id.encode()).digest()[:4], "big") / 2**32
 
 
-class EmbeddedBatches:
-    """Endless batches of a data set; the sampler's position is the state.
+class EmbeddedBatches(ReadAhead):
+    """Endless batches of a data set.
 
     A batch holds image [B, 3, S, S] in [-1, 1], index [B], and what `Embeddings.batch` gives.
 
@@ -117,7 +117,7 @@ class EmbeddedBatches:
         batch_size: B.
         seed: of the sampler.
         flip: mirrors half of the pictures; their embeddings stay.
-        device: where the tensors go.
+        device, ahead: as `ReadAhead` takes them.
     """
 
     def __init__(
@@ -129,25 +129,18 @@ class EmbeddedBatches:
         seed: int = 0,
         flip: bool = False,
         device: torch.device | str = "cpu",
+        ahead: int | None = None,
     ) -> None:
-        self.dataset, self.embeddings = dataset, embeddings
-        self.flip, self.device = flip, torch.device(device)
-        self.sampler = BatchSampler(dataset, batch_size, seed=seed)
+        self.dataset, self.embeddings, self.flip = dataset, embeddings, flip
+        super().__init__(BatchSampler(dataset, batch_size, seed=seed), torch.device(device), ahead)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for indices, numbers in self.sampler:
-            yield self.batch(indices, numbers)
+    def read(self, indices: Tensor, numbers: Tensor) -> Batch:
+        known = self.embeddings.batch(indices, numbers)
+        return {"image": self.dataset.pixels(indices), "index": indices, **known}
 
-    def batch(self, indices: Tensor, numbers: Tensor) -> Batch:
-        """The pictures `indices` [B] with their captions `numbers` [B]."""
-        image = pictures(self.dataset, indices, self.device) * 2 - 1
+    def finish(self, read: Batch) -> Batch:
+        image = on_device(read["image"], self.device) * 2 - 1
         if self.flip:
             image = random_flip(image)
-        tensors = {"image": image, "index": indices, **self.embeddings.batch(indices, numbers)}
-        return {name: place(tensor, self.device) for name, tensor in tensors.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state)
+        rest = {name: place(t, self.device) for name, t in read.items() if name != "image"}
+        return {"image": image, **rest}

@@ -29,9 +29,9 @@ class GANTraining:
 
     loop: LoopConfig = field(default_factory=LoopConfig)
     data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
+    """"emoji", or a folder or tar shards of captioned pictures."""
     resize: Literal["crop", "stretch"] = "crop"
-    """Of a folder's pictures: cut the middle square, or keep all, out of proportion."""
+    """Of pictures in a folder or tars: cut the middle square, or keep all, out of proportion."""
     batch_size: int = 64
     """Pictures in an update, of all processes together."""
     lr_g: float = 1e-4

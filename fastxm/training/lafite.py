@@ -51,7 +51,7 @@ class LAFITETraining:
     model: LAFITEConfig = field(default_factory=LAFITEConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     data: str = "emoji"
-    """"emoji", or a folder of pictures, captioned or not."""
+    """"emoji", or a folder or tar shards of pictures, captioned or not."""
     encoder: str = ""
     """Directory of a joint encoder (CLIP or a dual encoder); empty trains one on a part of data."""
     encoder_size: int = 96

@@ -26,7 +26,7 @@ class SelfSupTraining:
     image: ImageTraining = field(default_factory=ImageTraining)
     mapping: MappingTraining = field(default_factory=MappingTraining)
     data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
+    """"emoji", or a folder or tar shards of captioned pictures."""
     device: str = "auto"
     """auto, cpu or cuda."""
     seed: int = 0

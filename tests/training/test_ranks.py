@@ -44,7 +44,7 @@ def prepare(patch):
     """XMC-GAN in float64: Adam's first step, a sign, does not hang on rounding there."""
     torch.set_default_dtype(torch.float64)
     patch.setattr(xmcgan, "text_encoder", lambda *_, **__: Letters())
-    patch.setattr(batches, "place", widen(batches.place))
+    patch.setattr(batches, "on_device", widen(batches.on_device))
     patch.setattr(TextFeatures, "batch", widen(TextFeatures.batch))
 
 
