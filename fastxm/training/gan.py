@@ -20,6 +20,8 @@ from fastxm.training.precision import Precision, autocast, pick_device, pick_pre
 from fastxm.training.recipe import Player, Recipe, Samples, State
 from fastxm.training.trainer import LoopConfig
 
+# fields, at their defaults, of which runs from before they were there say nothing
+LATER = (("resize", "crop"), ("pixel_weight", 0.0), ("pixel_steps", 0))
 STATISTICS = 64  # batches that the moving average's own statistics are taken over
 
 
@@ -98,9 +100,7 @@ class GANRecipe(Recipe):
 
     def identity(self) -> dict[str, Any]:
         made = super().identity()
-        if made.get("resize") == "crop":  # of which runs from before there was a choice say nothing
-            del made["resize"]
-        return made
+        return {name: value for name, value in made.items() if (name, value) not in LATER}
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
@@ -154,9 +154,14 @@ class GANRecipe(Recipe):
         noise = torch.randn(len(self.captions), self.model.noise_width, generator=source)
         return (noise.to(self.device), *self.encode(self.captions))
 
-    def warm_up(self, names: Sequence[str]) -> None:
-        """Sets the discriminators' step size: a sharp judge at once leaves a generator behind."""
-        share = min(1.0, (self.ema.updates + 1) / max(1, self.config.d_warmup))
+    def warm_up(self, names: Sequence[str], *, since: int = 0) -> None:
+        """Sets the discriminators' step size: a sharp judge at once leaves a generator behind.
+
+        Args:
+            names: the players.
+            since: the generator's updates before the first that is judged.
+        """
+        share = min(1.0, (self.ema.updates - since + 1) / max(1, self.config.d_warmup))
         for name in names:
             for group in self.players[name].optimizer.param_groups:
                 group["lr"] = self.config.lr_d * share

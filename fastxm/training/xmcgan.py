@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastxm import losses
 from fastxm.data import text_features
@@ -46,9 +47,18 @@ class XMCGANTraining(GANTraining):
     """Weight of the image-image loss in EfficientNet-Lite0's space."""
     pretrained_size: int = 224
     """Side of the pictures that EfficientNet-Lite0 is given."""
+    pixel_weight: float = 0.0
+    """Weight of the mean difference of pixels from the real picture's, for the generator."""
+    pixel_steps: int = 0
+    """First steps, in which the generator learns by the pixels alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pixel_steps < 0 or self.pixel_weight < 0:
+            which = "pixel_steps" if self.pixel_steps < 0 else "pixel_weight"
+            raise ValueError(f"{which} must be at least 0, not {getattr(self, which)}")
+        if self.pixel_steps and not self.pixel_weight:
+            raise ValueError(f"{self.pixel_steps} pixel_steps need a pixel_weight above 0")
         for name in ("d_steps_per_g", "pretrained_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -111,14 +121,32 @@ class XMCGANRecipe(GANRecipe):
         self.discriminator = torch.compile(self.discriminator, fullgraph=True)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        self.warm_up(["discriminator"])
         *alone, joint = split(batch, self.config.d_steps_per_g)
+        if self.ema.updates < self.config.pixel_steps:
+            metrics = self.pixel_step(joint)
+        else:
+            metrics = self.adversarial_step(alone, joint)
+        self.ema.update(self.model.generator)
+        return metrics
+
+    def pixel_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One update of the generator alone, by the real pictures of its captions.
+
+        What is where comes much sooner so than from a discriminator that has yet to learn it.
+        """
+        fake = self.generate(batch, update_stats=True)
+        pixels = self.pixels(fake, batch)
+        loss = self.config.pixel_weight * pixels
+        parameters = list(self.model.generator.parameters())
+        self.update({"generator": gradients(self.scaler.scale(loss), parameters)})
+        return {"loss_g": loss.detach(), "g_pixel": pixels.detach()}
+
+    def adversarial_step(self, alone: list[Batch], joint: Batch) -> dict[str, Tensor]:
+        self.warm_up(["discriminator"], since=self.config.pixel_steps)
         fake = self.generate(joint, update_stats=True) if self.config.share_fakes else None
         for part in alone:
             self.discriminator_step(part, fake, joint)
-        metrics = self.joint_step(joint, fake)
-        self.ema.update(self.model.generator)
-        return metrics
+        return self.joint_step(joint, fake)
 
     def discriminator_step(
         self, batch: Batch, fake: Tensor | None = None, of: Batch | None = None
@@ -203,6 +231,8 @@ class XMCGANRecipe(GANRecipe):
             parts["g_image"] = self.nce(of_fake.pooled, of_real.pooled)
         if self.features is not None:
             parts["g_pretrained"] = self.nce(*self.pretrained_logits(fake, batch["image"]))
+        if self.config.pixel_weight:
+            parts["g_pixel"] = self.pixels(fake, batch)
         return gan + self.weighted(parts, "g"), parts
 
     def text_losses(
@@ -217,11 +247,17 @@ class XMCGANRecipe(GANRecipe):
             parts[f"{player}_sentence"] = self.nce(judged.pooled, judged.sentence)
         return parts
 
+    def pixels(self, fake: Tensor, batch: Batch) -> Tensor:
+        """Mean absolute difference from the real pictures: of pixels, and of 16 x 16 means."""
+        real = batch["image"]
+        coarse = F.l1_loss(F.adaptive_avg_pool2d(fake, 16), F.adaptive_avg_pool2d(real, 16))
+        return self.share * (F.l1_loss(fake, real) + coarse)
+
     def nce(self, a: Tensor, b: Tensor) -> Tensor:
         return losses.nce(a, b, group=self.ranks.group)
 
     def weighted(self, parts: dict[str, Tensor], player: str) -> Tensor:
-        names = ("word", "sentence", "image", "pretrained")
+        names = ("word", "sentence", "image", "pretrained", "pixel")
         found = [(name, parts[f"{player}_{name}"]) for name in names if f"{player}_{name}" in parts]
         return sum((getattr(self.config, f"{n}_weight") * v for n, v in found), torch.zeros(()))
 

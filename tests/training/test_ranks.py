@@ -25,7 +25,13 @@ from fastxm.training.trainer import LoopConfig, NonFiniteLoss, train
 SIZE = 3  # processes: of 4 pictures they have 1, 1 and 2
 LOOP = LoopConfig(steps=20, log_every=3, sample_every=10, checkpoint_every=7, keep_checkpoints=2)
 SHORT, WHOLE = (LoopConfig(steps=steps, log_every=1, checkpoint_every=9) for steps in (2, 3))
-OPTIONS = {"augment": "color,translation,cutout", "flip": True, "ema_statistics": "own"}
+OPTIONS = {
+    "augment": "color,translation,cutout",
+    "flip": True,
+    "ema_statistics": "own",
+    "pixel_weight": 5.0,
+    "pixel_steps": 1,
+}
 
 
 def widen(f):
@@ -154,7 +160,7 @@ def state(folder):
 @pytest.mark.parametrize("name", ["ranks", "from ranks", "to ranks"])
 def test_the_numbers_are_those_of_one_process(runs, name):
     ours, theirs = (
-        torch.tensor([list(line.values()) for line in metrics(runs / out)], dtype=torch.float32)
+        [torch.tensor(list(line.values()), dtype=torch.float32) for line in metrics(runs / out)]
         for out in (name, "one process")
     )
     torch.testing.assert_close(ours, theirs)  # the hinge is of float32

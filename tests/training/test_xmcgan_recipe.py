@@ -201,6 +201,46 @@ def test_weights_of_the_losses(folder):
         torch.testing.assert_close(metrics[f"loss_{p}"], parts)
 
 
+def test_the_generator_first_learns_by_the_pixels(folder, monkeypatch, double):
+    ours = recipe(folder, pixel_steps=2, pixel_weight=3.0, d_steps_per_g=2, d_warmup=5)
+    ours.build()
+    network, drawn = ours.model.generator, []
+    plain = copy.deepcopy(network)
+    adam = torch.optim.Adam(plain.parameters(), ours.config.lr_g, (0.5, 0.999))
+    judge = values(ours.model.discriminator)
+    real = torch.nn.Module.__call__
+
+    def noted(module, *inputs, **options):
+        if module is network:
+            drawn.append(inputs)
+        return real(module, *inputs, **options)
+
+    for step in range(1, 3):
+        batch = first(ours)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Module, "__call__", noted)
+            metrics = ours.step(batch)
+        fake, picture = plain(*drawn[-1]), split(batch, 2)[1]["image"]
+        cells = [
+            x.unflatten(2, (16, -1)).unflatten(4, (16, -1)).mean((3, 5)) for x in (fake, picture)
+        ]
+        pixels = (fake - picture).abs().mean() + (cells[0] - cells[1]).abs().mean()
+        expected = {"loss_g": 3 * pixels.detach(), "g_pixel": pixels.detach()}
+        torch.testing.assert_close(metrics, expected)
+        adam.zero_grad()
+        (3 * pixels).backward()
+        adam.step()
+        same(network, plain)
+        assert ours.ema.updates == step
+    assert not changed(ours.model.discriminator, judge)
+    metrics = ours.step(first(ours))
+    assert changed(ours.model.discriminator, judge)
+    step_size = ours.players["discriminator"].optimizer.param_groups[0]["lr"]
+    assert step_size == pytest.approx(ours.config.lr_d / 5)
+    parts = [metrics[f"g_{name}"] for name in ("gan", "word", "sentence", "image", "pixel")]
+    torch.testing.assert_close(metrics["loss_g"], sum(parts) + 2 * parts[-1])
+
+
 def test_the_discriminator_warms_up(folder):
     ours, state = recipe(folder, d_warmup=4, lr_d=4e-4), None
     ours.build()
@@ -369,7 +409,8 @@ def test_pictures_of_a_folder_may_be_stretched(folder, tmp_path):
         ours.build()
         found[resize] = ours.batches.dataset.image(0)
     assert found["stretch"].amin() < 0.05 < 0.2 < found["crop"].amin()
-    assert "resize" not in recipe(folder).identity()  # as in checkpoints of before
+    later = {"resize", "pixel_weight", "pixel_steps"}
+    assert not later & recipe(folder).identity().keys()  # as in checkpoints of before
     kept = checkpoint.save(tmp_path / "kept", 1, recipe(folder).identity(), {}, 1)
     with pytest.raises(ValueError, match="resize was None, now 'stretch'"):
         checkpoint.check(kept, ours.identity())
@@ -387,6 +428,8 @@ def test_text_features_must_fit_the_model(folder):
     [
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"lr_g": -1.0}, "lr_g must be above 0, not -1.0"),
+        ({"pixel_weight": -0.5}, "pixel_weight must be at least 0, not -0.5"),
+        ({"pixel_steps": 9}, "9 pixel_steps need a pixel_weight above 0"),
         ({"device": "tpu9"}, "device is auto, cpu or cuda, not 'tpu9'"),
     ],
 )
