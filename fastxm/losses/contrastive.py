@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxm.ops import info_nce, region_word_scores
-from fastxm.ops.distributed import gather_rows, row_counts
+from fastxm.ops.distributed import all_rows, gather_rows, row_counts
 from fastxm.ops.info_nce_views import info_nce_views
 from fastxm.ops.siglip import siglip
 
@@ -41,6 +41,7 @@ def pseudo_text_loss(
     temperature: float = 0.5,
     text_share: float = 0.0,
     sharpened: bool = False,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """LAFITE's contrastive loss of paired rows: telling a text's picture, or the reverse.
 
@@ -51,6 +52,8 @@ def pseudo_text_loss(
         text_share: in [0, 1], weight of telling a picture's text; the rest tells a text's picture.
         sharpened: take exp(cosine / temperature) for the logits, as the released code does, where
             InfoNCE takes cosine / temperature.
+        group: whose ranks each give their pairs; as of `info_nce`. Sharpened, each rank gathers the
+            rows of all and has the whole loss.
 
     Returns:
         scalar, float32.
@@ -61,12 +64,13 @@ def pseudo_text_loss(
     if not 0 <= text_share <= 1:
         raise ValueError(f"text_share is in [0, 1], not {text_share}")
     if sharpened:
+        images, text = (all_rows(t, group) for t in (images, text))
         cosines = F.normalize(images.float(), dim=1) @ F.normalize(text.float(), dim=1).T
         logits = (cosines / temperature).exp()
         target = torch.arange(len(logits), device=logits.device)
         parts = [lambda: F.cross_entropy(logits.T, target), lambda: F.cross_entropy(logits, target)]
     else:
-        options: dict[str, Any] = {"normalize": True, "symmetric": False}
+        options: dict[str, Any] = {"normalize": True, "symmetric": False, "group": group}
         parts = [
             lambda: info_nce(text, images, 1 / temperature, **options),
             lambda: info_nce(images, text, 1 / temperature, **options),

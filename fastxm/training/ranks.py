@@ -61,10 +61,10 @@ class Ranks:
         own = self.rows(total)
         return self.size * (own.stop - own.start) / total
 
-    def check(self, batch_size: int) -> None:
+    def check(self, rows: int, name: str = "batch_size") -> None:
         """Raises ValueError where a batch has fewer rows than there are ranks."""
-        if self.size > batch_size:
-            raise ValueError(f"batch_size {batch_size} leaves some of {self.size} processes no row")
+        if self.size > rows:
+            raise ValueError(f"{name} {rows} leaves some of {self.size} processes no row")
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -106,6 +106,60 @@ class Ranks:
         found = torch.tensor(int(flag))  # on the CPU: no GPU is waited for
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return bool(found)
+
+
+class Shares:
+    """Batches that are shared out in equal parts, each by itself: rank r's rows hold those of parts
+    0, 1, ... in turn, so that groups of a row of each part, and the first half, are shared out too.
+
+    Of one process a batch is one part, and `own` is all of it.
+
+    Args:
+        ranks: of this process.
+        batch_size: rows of the whole batch.
+        group: parts of it, an even number.
+
+    Raises:
+        ValueError: there are several ranks, and they cannot have a group each.
+    """
+
+    def __init__(self, ranks: Ranks, batch_size: int, group: int):
+        self.ranks, self.parts, self.groups = ranks, 1, batch_size
+        if ranks.size > 1:
+            if batch_size % group or batch_size < group * ranks.size:
+                raise ValueError(
+                    f"{ranks.size} processes share out whole groups of {group} rows: batch_size is "
+                    f"a multiple of {group}, at least {group * ranks.size}, not {batch_size}"
+                )
+            self.parts, self.groups = group, batch_size // group
+        rows = ranks.rows(self.groups)
+        self.here = rows.stop - rows.start  # groups of this rank
+
+    @property
+    def share(self) -> float:
+        """What a mean over this rank's rows is multiplied by, as `Ranks.share`."""
+        return self.ranks.share(self.groups)
+
+    def whole(self, count: int) -> int:
+        """How many rows all ranks have where this one has `count`, of a batch or of its half."""
+        return count if self.ranks.size == 1 else count // self.here * self.groups
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's rows of those of all, of a batch or of its first half."""
+        return self.ranks.own(whole, len(whole) // self.groups)
+
+    def randn(self, count: int, *shape: int, **options: Any) -> Tensor:
+        """This rank's `count` rows [count, ...] of noise that is drawn for all."""
+        return self.own(torch.randn(self.whole(count), *shape, **options))
+
+    def randn_like(self, rows: Tensor) -> Tensor:
+        """The same in the memory order of rows, which decides what is drawn where."""
+        size = self.whole(len(rows)), *rows.shape[1:]
+        return self.own(torch.randn_like(rows.new_empty_strided(size, rows.stride())))
+
+    def grain(self, x: Tensor) -> Tensor:
+        """Noise [B, 1, H, W] of this rank's rows, for x [B, C, H, W]."""
+        return self.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
 
 
 class WholeDropout(TorchFunctionMode):

@@ -91,6 +91,7 @@ class VDLRecipe(LAFITERecipe):
     """
 
     system = "vdl"
+    spans = False  # its losses are of one process
     model_class = VDL
     model: VDL
     unbound = (*LAFITERecipe.unbound, "stage1")
