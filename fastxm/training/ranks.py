@@ -152,8 +152,12 @@ class Shares:
         """This rank's `count` rows [count, ...] of noise that is drawn for all."""
         return self.own(torch.randn(self.whole(count), *shape, **options))
 
+    def rand(self, count: int, *shape: int, **options: Any) -> Tensor:
+        """The same of numbers in [0, 1)."""
+        return self.own(torch.rand(self.whole(count), *shape, **options))
+
     def randn_like(self, rows: Tensor) -> Tensor:
-        """The same in the memory order of rows, which decides what is drawn where."""
+        """Noise in the memory order of rows, which decides what is drawn where."""
         size = self.whole(len(rows)), *rows.shape[1:]
         return self.own(torch.randn_like(rows.new_empty_strided(size, rows.stride())))
 

@@ -1,4 +1,4 @@
-"""LAFITE in several processes against one, in float64: numbers, and resuming on others."""
+"""LAFITE and VDL in several processes against one, in float64: numbers, and resuming on others."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from small import pictures
-from small_joint import lafite
+from small_joint import lafite, vdl
 from tiny_clip import write
 
 from fastxm.nn.stylegan import GROUP, with_deviation
@@ -25,6 +25,30 @@ RUNS = {
         lafite,
         {"perturbation": "trained", "logit": "batch"},
         {"perturbation_steps": 1, "contrast": "sharpened", "picture_weight": 1.0},
+    ),
+    # a step of each stage, and the second of refinement
+    "vdl": (
+        vdl,
+        {"conditioning": "pair"},
+        {
+            "adversarial_steps": 1,
+            "posterior_steps": 1,
+            "supervision_batch": 5,
+            "kl_target": 1.0,
+            "kl_warmup": 0.0,
+        },
+    ),
+    "joint": (
+        vdl,
+        {"family": "vmf"},
+        {
+            "schedule": "joint",
+            "adversarial_steps": 0,
+            "label_fraction": 1.0,
+            "supervision_batch": 3,
+            "path_every": 0,
+            "r1_every": 0,
+        },
     ),
 }
 
@@ -99,6 +123,22 @@ def test_the_numbers_are_those_of_one_process(runs, name, part):
     torch.testing.assert_close(*(state(runs / name / out) for out in (part, "one process")))
     samples = [sorted(os.listdir(runs / name / out / "samples")) for out in (part, "one process")]
     assert samples[0][-1:] == samples[1][-1:]
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "options", "message"),
+    [
+        (lafite, {}, {}, "3 processes share out whole groups of 4 rows"),
+        (lafite, {"logit": "batch"}, {"batch_size": 12, "compile": True}, "logit batch"),
+        (vdl, {}, {"batch_size": 12, "label_fraction": 0.5, "supervision_batch": 2},
+         "supervision_batch 2 leaves some of 3 processes no row"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_shared_out_is_refused(make, model, options, message):
+    recipe = make("pictures", "clip", model, **options)
+    recipe.ranks = Ranks(0, 3)
+    with pytest.raises(ValueError, match=message):
+        recipe.build()
 
 
 def test_groups_and_halves_are_shared_out():
