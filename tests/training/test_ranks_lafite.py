@@ -10,6 +10,7 @@ from small import pictures
 from small_joint import lafite, vdl
 from tiny_clip import write
 
+from fastxm.encoders.frozen import Looks
 from fastxm.nn.stylegan import GROUP, with_deviation
 from fastxm.training import checkpoint
 from fastxm.training.embeddings import Embeddings
@@ -26,13 +27,13 @@ RUNS = {
         {"perturbation": "trained", "logit": "batch"},
         {"perturbation_steps": 1, "contrast": "sharpened", "picture_weight": 1.0},
     ),
-    # a step of each stage, and the second of refinement
+    # each stage; the KL is 0 in the first step of the second
     "vdl": (
         vdl,
         {"conditioning": "pair"},
         {
             "adversarial_steps": 1,
-            "posterior_steps": 1,
+            "posterior_steps": 2,
             "supervision_batch": 5,
             "kl_target": 1.0,
             "kl_warmup": 0.0,
@@ -40,7 +41,7 @@ RUNS = {
     ),
     "joint": (
         vdl,
-        {"family": "vmf"},
+        {"family": "vmf", "discriminator": "projected", "head_width": 2, "picture_width": 2},
         {
             "schedule": "joint",
             "adversarial_steps": 0,
@@ -57,7 +58,7 @@ def prepare(patch):
     """Everything in float64: what Adam's first steps, signs, are of does not hang on rounding."""
     torch.set_default_dtype(torch.float64)
     patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    of_data = Embeddings.__init__
+    of_data, load = Embeddings.__init__, Looks.load
 
     def embed(self, dataset, encoder, **options):
         of_data(self, dataset, encoder.to(torch.float32), **options)  # of features that are cached
@@ -65,7 +66,12 @@ def prepare(patch):
         for name in ("image", "evidence", "centre", "text"):
             setattr(self, name, getattr(self, name).double())
 
+    def widened(self):
+        load(self)
+        self._encoders["image"].to(torch.float64)
+
     patch.setattr(Embeddings, "__init__", embed)
+    patch.setattr(Looks, "load", widened)
 
 
 def made(name, folder):
