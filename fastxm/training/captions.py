@@ -17,6 +17,7 @@ from fastxm.data import CaptionedImages, open_dataset
 from fastxm.data.image_features import image_features
 from fastxm.data.subsets import principal
 from fastxm.data.vocabulary import UNKNOWN, Tokens, Vocabulary
+from fastxm.nn import synchronise
 from fastxm.training.batches import Batch, CaptionedBatches
 from fastxm.training.precision import pick_device, seed_all
 from fastxm.training.ranks import WholeDropout
@@ -108,6 +109,7 @@ class CaptionRecipe(Recipe):
         texts = (caption for captions in train.captions for caption in captions)
         vocabulary = Vocabulary.of(texts, config.min_count)
         self.model = self.make(vocabulary.words).train().to(self.device)
+        synchronise(self.model, self.ranks.group, config.batch_size)
         self.labels = concepts(train).to(self.device)
         self.batches = CaptionedBatches(
             train,

@@ -143,7 +143,8 @@ class GANRecipe(Recipe):
         config = self.config
         self.model = model
         self.ema = EMA(model.generator, config.ema_decay, ramp=config.ema_ramp)
-        synchronise(model.generator, self.ranks.group)  # not the average: one rank draws of it
+        for player in self.players.values():  # not the average: one rank draws of it
+            synchronise(player.network, self.ranks.group, config.batch_size)
         self.statistics_of: int | None = None  # the update whose average has its own statistics
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 

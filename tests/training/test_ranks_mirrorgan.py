@@ -13,9 +13,11 @@ import fastxm.encoders
 from fastxm import losses
 from fastxm.encoders.damsm import DAMSMConfig
 from fastxm.encoders.stem import STEMConfig
-from fastxm.training import batches, captions, checkpoint, damsm
+from fastxm.models.stream import STREAMConfig
+from fastxm.training import batches, captions, checkpoint, damsm, stream
 from fastxm.training.damsm import DAMSMRecipe, DAMSMTraining
 from fastxm.training.ranks import Ranks, started
+from fastxm.training.stream import STREAMRecipe, STREAMTraining
 from fastxm.training.trainer import LoopConfig, train
 
 SIZE = 2  # processes: of 5 pictures they have 2 and 3
@@ -27,7 +29,7 @@ def prepare(patch):
     torch.set_default_dtype(torch.float64)
     patch.setattr(fastxm.encoders, "image_encoder", lambda *_, **__: Eye())
     patch.setattr(batches, "on_device", widen(batches.on_device))
-    for module in (captions, damsm):
+    for module in (captions, damsm, stream):
         patch.setattr(module, "image_features", widen(module.image_features))
 
 
@@ -39,7 +41,13 @@ def of_damsm(folder):
     return DAMSMRecipe(DAMSMTraining(model=model, **plain, **options))
 
 
-MAKE = {"damsm": of_damsm}
+def of_stream(folder):
+    model = STREAMConfig(words=5, embedding=4, hidden=6, image_width=12, dropout=0.2)
+    plain = {"data": str(folder / "pictures"), "image_size": 64, "batch_size": 5, "device": "cpu"}
+    return STREAMRecipe(STREAMTraining(model=model, unknown=0.2, **plain))
+
+
+MAKE = {"damsm": of_damsm, "stream": of_stream}
 
 
 def matching(ranks):
