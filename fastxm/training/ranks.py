@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fastxm.ops.distributed import row_counts
+from fastxm.ops.distributed import gather_rows, row_counts
 
 BUCKET = 1 << 24  # numbers that are exchanged at once
 PATIENCE = timedelta(hours=1)  # while the first rank draws, judges and writes, others wait
@@ -54,6 +55,13 @@ class Ranks:
             return whole
         split = whole.unflatten(0, (parts, -1))
         return split[:, self.rows(split.shape[1])].flatten(0, 1)
+
+    def whole(self, own: Tensor, total: int) -> Tensor:
+        """The rows of all ranks [total, ...], of which these are this one's."""
+        if self.size == 1:
+            return own
+        ends = [total * rank // self.size for rank in range(self.size + 1)]
+        return gather_rows(own, [b - a for a, b in pairwise(ends)], self.group)
 
     def share(self, total: int) -> float:
         """What a mean over this rank's rows of a whole batch is multiplied by.

@@ -13,9 +13,11 @@ import fastxm.encoders
 from fastxm import losses
 from fastxm.encoders.damsm import DAMSMConfig
 from fastxm.encoders.stem import STEMConfig
+from fastxm.models.mirrorgan import GLAMConfig
 from fastxm.models.stream import STREAMConfig
-from fastxm.training import batches, captions, checkpoint, damsm, stream
+from fastxm.training import batches, captions, checkpoint, damsm, gan, stream
 from fastxm.training.damsm import DAMSMRecipe, DAMSMTraining
+from fastxm.training.mirrorgan import MirrorGANRecipe, MirrorGANTraining, train_mirrorgan
 from fastxm.training.ranks import Ranks, started
 from fastxm.training.stream import STREAMRecipe, STREAMTraining
 from fastxm.training.trainer import LoopConfig, train
@@ -28,26 +30,43 @@ def prepare(patch):
     """All in float64, where Adam's first step, a sign, does not hang on rounding."""
     torch.set_default_dtype(torch.float64)
     patch.setattr(fastxm.encoders, "image_encoder", lambda *_, **__: Eye())
+    patch.setattr(gan, "STATISTICS", 2)
     patch.setattr(batches, "on_device", widen(batches.on_device))
     for module in (captions, damsm, stream):
         patch.setattr(module, "image_features", widen(module.image_features))
 
 
+def plain(folder, **options):
+    data = str(folder / "pictures")
+    return {"data": data, "batch_size": 5, "device": "cpu", "loop": WHOLE, **options}
+
+
 def of_damsm(folder):
     stem = STEMConfig(words=5, embedding=4, width=6)
     model = DAMSMConfig(stem, region_width=3, image_width=12, image_dropout=0.2)
-    plain = {"data": str(folder / "pictures"), "image_size": 64, "batch_size": 5, "device": "cpu"}
     options = {"unknown": 0.2, "clip_norm": 0.01, "flip": True, "cache": False}
-    return DAMSMRecipe(DAMSMTraining(model=model, **plain, **options))
+    return DAMSMRecipe(DAMSMTraining(model=model, **plain(folder, image_size=64), **options))
 
 
 def of_stream(folder):
     model = STREAMConfig(words=5, embedding=4, hidden=6, image_width=12, dropout=0.2)
-    plain = {"data": str(folder / "pictures"), "image_size": 64, "batch_size": 5, "device": "cpu"}
-    return STREAMRecipe(STREAMTraining(model=model, unknown=0.2, **plain))
+    return STREAMRecipe(STREAMTraining(model=model, unknown=0.2, **plain(folder, image_size=64)))
 
 
-MAKE = {"damsm": of_damsm, "stream": of_stream}
+def training(folder, **stages):
+    model = GLAMConfig(image_size=64, gf=2, df=2, z_dim=4, cond_dim=4, blocks=1)
+    options = {"precision": "fp32", "samples": 3, "augment": "color,translation", "flip": True,
+               "ema_statistics": "own", "damsm_weight": 1.0, **stages}  # fmt: skip
+    return MirrorGANTraining(model=model, **plain(folder), **options)
+
+
+def of_mirrorgan(folder):
+    done = folder / "one process"
+    stages = {name: str(done / name) for name in ("damsm", "stream")}
+    return MirrorGANRecipe(training(folder, **stages))
+
+
+MAKE = {"damsm": of_damsm, "stream": of_stream, "mirrorgan": of_mirrorgan}
 
 
 def matching(ranks):
@@ -75,6 +94,9 @@ def run_rank(rank, folder):
         train(make(folder), folder / "ranks" / name, WHOLE)
         train(make(folder), folder / "from ranks" / name, SHORT)
         train(make(folder), folder / "to ranks" / name, WHOLE, resume=True)
+    told = []
+    run = train_mirrorgan(training(folder), folder / "stages", tell=told.append)
+    torch.save((told, run.step), folder / f"stages-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -90,6 +112,8 @@ def runs(tmp_path_factory):
             for name, make in MAKE.items():
                 train(make(folder), folder / "one process" / name, WHOLE)
                 train(make(folder), folder / "to ranks" / name, SHORT)
+            train(of_damsm(folder), folder / "stages" / "damsm", WHOLE)
+            train(of_stream(folder), folder / "stages" / "stream", SHORT)
             torch.multiprocessing.spawn(run_rank, (folder,), nprocs=SIZE)
             for name, make in MAKE.items():
                 train(make(folder), folder / "from ranks" / name, WHOLE, resume=True)
@@ -105,6 +129,7 @@ def metrics(out):
 
 def state(out):
     kept = checkpoint.read(checkpoint.steps(out / "checkpoints")[-1])
+    kept["recipe"].pop("frozen", None)  # a text
     return {part: kept[part] for part in ("recipe", "sums")}, kept["random"]["torch"]
 
 
@@ -120,6 +145,19 @@ def test_damsm_loss_of_all_ranks(runs):
 @pytest.mark.parametrize("out", ["ranks", "from ranks", "to ranks"])
 @pytest.mark.parametrize("name", MAKE)
 def test_the_numbers_are_those_of_one_process(runs, out, name):
-    ours, theirs = (runs / of / name for of in (out, "one process"))
+    same(runs / out / name, runs / "one process" / name)
+
+
+def test_stages_are_reused_and_go_on(runs):
+    found = [torch.load(runs / f"stages-{rank}.pt") for rank in range(SIZE)]
+    out = runs / "stages"
+    told = [f"damsm: {out / 'damsm'} has ended, and is used as it is",
+            f"stream: training in {out / 'stream'}"]  # fmt: skip
+    assert found == [(told, 4), ([], 4)]
+    same(out / "stream", runs / "one process" / "stream")
+    torch.testing.assert_close(metrics(out), metrics(runs / "one process" / "mirrorgan"))
+
+
+def same(ours, theirs):
     torch.testing.assert_close(metrics(ours), metrics(theirs))
     torch.testing.assert_close(state(ours), state(theirs))
