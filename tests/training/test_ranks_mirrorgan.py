@@ -15,7 +15,7 @@ from fastxm.encoders.damsm import DAMSMConfig
 from fastxm.encoders.stem import STEMConfig
 from fastxm.models.mirrorgan import GLAMConfig
 from fastxm.models.stream import STREAMConfig
-from fastxm.training import batches, captions, checkpoint, damsm, gan, stream
+from fastxm.training import batches, captions, checkpoint, damsm, gan, mirrorgan, stream
 from fastxm.training.damsm import DAMSMRecipe, DAMSMTraining
 from fastxm.training.mirrorgan import MirrorGANRecipe, MirrorGANTraining, train_mirrorgan
 from fastxm.training.ranks import Ranks, started
@@ -31,6 +31,8 @@ def prepare(patch):
     torch.set_default_dtype(torch.float64)
     patch.setattr(fastxm.encoders, "image_encoder", lambda *_, **__: Eye())
     patch.setattr(gan, "STATISTICS", 2)
+    # of two concepts: some texts beside a picture's are not wrong
+    patch.setattr(mirrorgan, "concepts", lambda dataset: captions.concepts(dataset) % 2)
     patch.setattr(batches, "on_device", widen(batches.on_device))
     for module in (captions, damsm, stream):
         patch.setattr(module, "image_features", widen(module.image_features))
