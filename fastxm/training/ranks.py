@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from fastxm.ops.distributed import gather_rows, row_counts
 
 BUCKET = 1 << 24  # numbers that are exchanged at once
 PATIENCE = timedelta(hours=1)  # while the first rank draws, judges and writes, others wait
@@ -52,6 +55,13 @@ class Ranks:
             return whole
         split = whole.unflatten(0, (parts, -1))
         return split[:, self.rows(split.shape[1])].flatten(0, 1)
+
+    def whole(self, own: Tensor, total: int) -> Tensor:
+        """The rows of all ranks [total, ...], of which these are this one's."""
+        if self.size == 1:
+            return own
+        ends = [total * rank // self.size for rank in range(self.size + 1)]
+        return gather_rows(own, [b - a for a, b in pairwise(ends)], self.group)
 
     def share(self, total: int) -> float:
         """What a mean over this rank's rows of a whole batch is multiplied by.
@@ -167,23 +177,29 @@ class Shares:
 
 
 class WholeDropout(TorchFunctionMode):
-    """Inside, dropout of a rank's rows draws for the whole batch, as one process does.
+    """Inside, dropout of a rank's rows draws for those of all ranks, as one process does.
 
     Args:
-        ranks: of this process.
-        total: rows of the whole batch.
+        ranks: of this process; all of them drop out, each of as many rows as it has.
     """
 
-    def __init__(self, ranks: Ranks, total: int):
+    def __init__(self, ranks: Ranks):
         super().__init__()
-        self.ranks, self.total = ranks, total
+        self.ranks = ranks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.dropout or self.ranks.size == 1:
             return func(*args, **(kwargs or {}))
-        x, *rest = args
-        whole = x.new_ones(self.total, *x.shape[1:])
-        return x * self.ranks.own(F.dropout(whole, *rest, **(kwargs or {})))
+        return self.dropout(*args, **(kwargs or {}))
+
+    def dropout(
+        self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0:
+            return x
+        counts = row_counts(len(x), x.device, self.ranks.group)
+        kept = F.dropout(x.new_ones(sum(counts), *x.shape[1:]), p)
+        return x * kept.split(counts)[self.ranks.rank]
 
 
 def kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
