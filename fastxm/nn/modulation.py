@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastxm.nn.batch_norm import BatchNorm
 from fastxm.nn.init import glorot_normal_
 from fastxm.ops import modulation, word_modulation
 
@@ -61,14 +62,21 @@ class ModulatedNorm(nn.Module):
         )
 
 
-def synchronise(network: nn.Module, group: "dist.ProcessGroup | None") -> None:
-    """Lets every `ModulatedNorm` take the batch of all ranks of a group; None, of one process.
+def synchronise(network: nn.Module, group: "dist.ProcessGroup | None", rows: int) -> None:
+    """Lets every `ModulatedNorm` and batch norm of ours take the batch of all ranks of a group.
 
     A network that has a group cannot be copied: copies are made before.
+
+    Args:
+        network: its norms are told.
+        group: the ranks; None, of one process.
+        rows: of all of them together, in every batch of a training.
     """
     for module in network.modules():
-        if isinstance(module, ModulatedNorm):
+        if isinstance(module, (ModulatedNorm, BatchNorm)):
             module.group = group
+        if isinstance(module, BatchNorm):
+            module.rows = rows
 
 
 @torch.no_grad()

@@ -37,6 +37,13 @@ def gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> T
     return _Gather.apply(x, counts, group)
 
 
+def all_rows(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """As `gather_rows`, of ranks that hold any number; x itself where there is no group."""
+    if group is None:
+        return x
+    return gather_rows(x, row_counts(len(x), x.device, group), group)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:

@@ -152,7 +152,7 @@ def fit(
         numbers = (torch.rand(len(pairs), dtype=torch.float64) * counts).long()
         for index in torch.randperm(len(pairs)).split(config.batch_size):
             own = ranks.own(index)
-            with WholeDropout(ranks, len(index)):
+            with WholeDropout(ranks):
                 embedded = model(pairs.images[own], pairs.sentences(own, numbers[own]))
             loss = info_nce(*embedded, labels=pairs.labels[own], group=ranks.group)
             if ranks.any(not loss.isfinite()):

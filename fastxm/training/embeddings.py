@@ -12,6 +12,7 @@ from fastxm.data import BatchSampler, CaptionedImages, text_features
 from fastxm.data.image_features import image_features
 from fastxm.data.transforms import random_flip
 from fastxm.training.batches import Batch, ReadAhead, on_device, place
+from fastxm.training.ranks import Ranks
 
 
 class Embeddings:
@@ -118,6 +119,7 @@ class EmbeddedBatches(ReadAhead):
         seed: of the sampler.
         flip: mirrors half of the pictures; their embeddings stay.
         device, ahead: as `ReadAhead` takes them.
+        ranks, parts: as `CaptionedBatches` takes them.
     """
 
     def __init__(
@@ -130,17 +132,25 @@ class EmbeddedBatches(ReadAhead):
         flip: bool = False,
         device: torch.device | str = "cpu",
         ahead: int | None = None,
+        ranks: Ranks | None = None,
+        parts: int = 1,
     ) -> None:
         self.dataset, self.embeddings, self.flip = dataset, embeddings, flip
+        self.ranks, self.parts = ranks or Ranks(), parts
         super().__init__(BatchSampler(dataset, batch_size, seed=seed), torch.device(device), ahead)
 
     def read(self, indices: Tensor, numbers: Tensor) -> Batch:
+        whole = len(indices)
+        indices, numbers = (self.ranks.own(t, self.parts) for t in (indices, numbers))
         known = self.embeddings.batch(indices, numbers)
-        return {"image": self.dataset.pixels(indices), "index": indices, **known}
+        image = self.dataset.pixels(indices)
+        return {"whole": whole, "image": image, "index": indices, **known}
 
     def finish(self, read: Batch) -> Batch:
-        image = on_device(read["image"], self.device) * 2 - 1
+        image = on_device(read.pop("image"), self.device) * 2 - 1
+        whole = read.pop("whole")  # rows of all ranks
         if self.flip:
-            image = random_flip(image)
-        rest = {name: place(t, self.device) for name, t in read.items() if name != "image"}
+            drawn = torch.rand(whole, device=self.device)
+            image = random_flip(image, drawn=self.ranks.own(drawn, self.parts))
+        rest = {name: place(t, self.device) for name, t in read.items()}
         return {"image": image, **rest}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxm.data import BatchSampler, CaptionedImages, open_dataset
+from fastxm.data.transforms import augment, draw
 from fastxm.models.text_to_image import TextToImage
 from fastxm.nn import synchronise, take_statistics
 from fastxm.training.batches import CaptionedBatches
@@ -143,7 +144,8 @@ class GANRecipe(Recipe):
         config = self.config
         self.model = model
         self.ema = EMA(model.generator, config.ema_decay, ramp=config.ema_ramp)
-        synchronise(model.generator, self.ranks.group)  # not the average: one rank draws of it
+        for player in self.players.values():  # not the average: one rank draws of it
+            synchronise(player.network, self.ranks.group, config.batch_size)
         self.statistics_of: int | None = None  # the update whose average has its own statistics
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
@@ -153,6 +155,20 @@ class GANRecipe(Recipe):
         source = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(len(self.captions), self.model.noise_width, generator=source)
         return (noise.to(self.device), *self.encode(self.captions))
+
+    @property
+    def share(self) -> float:
+        """Of this process's pictures in a mean over those of all."""
+        return self.ranks.share(self.config.batch_size)
+
+    def draw_noise(self, width: int) -> Tensor:
+        """What this process's pictures are drawn of: [B, width], standard normal."""
+        return self.ranks.own(torch.randn(self.config.batch_size, width, device=self.device))
+
+    def augment(self, images: Tensor) -> Tensor:
+        """This process's pictures [B, 3, S, S] in [0, 1], augmented as the configuration says."""
+        drawn = self.ranks.own(draw(self.config.batch_size, device=self.device))
+        return augment(images, self.config.augment, parameters=drawn)
 
     def warm_up(self, names: Sequence[str], *, since: int = 0) -> None:
         """Sets the discriminators' step size: a sharp judge at once leaves a generator behind.

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from fastxm.ops.distributed import gather_rows, row_counts
 
 BUCKET = 1 << 24  # numbers that are exchanged at once
 PATIENCE = timedelta(hours=1)  # while the first rank draws, judges and writes, others wait
@@ -53,6 +56,13 @@ class Ranks:
         split = whole.unflatten(0, (parts, -1))
         return split[:, self.rows(split.shape[1])].flatten(0, 1)
 
+    def whole(self, own: Tensor, total: int) -> Tensor:
+        """The rows of all ranks [total, ...], of which these are this one's."""
+        if self.size == 1:
+            return own
+        ends = [total * rank // self.size for rank in range(self.size + 1)]
+        return gather_rows(own, [b - a for a, b in pairwise(ends)], self.group)
+
     def share(self, total: int) -> float:
         """What a mean over this rank's rows of a whole batch is multiplied by.
 
@@ -61,10 +71,10 @@ class Ranks:
         own = self.rows(total)
         return self.size * (own.stop - own.start) / total
 
-    def check(self, batch_size: int) -> None:
+    def check(self, rows: int, name: str = "batch_size") -> None:
         """Raises ValueError where a batch has fewer rows than there are ranks."""
-        if self.size > batch_size:
-            raise ValueError(f"batch_size {batch_size} leaves some of {self.size} processes no row")
+        if self.size > rows:
+            raise ValueError(f"{name} {rows} leaves some of {self.size} processes no row")
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -108,24 +118,88 @@ class Ranks:
         return bool(found)
 
 
-class WholeDropout(TorchFunctionMode):
-    """Inside, dropout of a rank's rows draws for the whole batch, as one process does.
+class Shares:
+    """Batches that are shared out in equal parts, each by itself: rank r's rows hold those of parts
+    0, 1, ... in turn, so that groups of a row of each part, and the first half, are shared out too.
+
+    Of one process a batch is one part, and `own` is all of it.
 
     Args:
         ranks: of this process.
-        total: rows of the whole batch.
+        batch_size: rows of the whole batch.
+        group: parts of it, an even number.
+
+    Raises:
+        ValueError: there are several ranks, and they cannot have a group each.
     """
 
-    def __init__(self, ranks: Ranks, total: int):
+    def __init__(self, ranks: Ranks, batch_size: int, group: int):
+        self.ranks, self.parts, self.groups = ranks, 1, batch_size
+        if ranks.size > 1:
+            if batch_size % group or batch_size < group * ranks.size:
+                raise ValueError(
+                    f"{ranks.size} processes share out whole groups of {group} rows: batch_size is "
+                    f"a multiple of {group}, at least {group * ranks.size}, not {batch_size}"
+                )
+            self.parts, self.groups = group, batch_size // group
+        rows = ranks.rows(self.groups)
+        self.here = rows.stop - rows.start  # groups of this rank
+
+    @property
+    def share(self) -> float:
+        """What a mean over this rank's rows is multiplied by, as `Ranks.share`."""
+        return self.ranks.share(self.groups)
+
+    def whole(self, count: int) -> int:
+        """How many rows all ranks have where this one has `count`, of a batch or of its half."""
+        return count if self.ranks.size == 1 else count // self.here * self.groups
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's rows of those of all, of a batch or of its first half."""
+        return self.ranks.own(whole, len(whole) // self.groups)
+
+    def randn(self, count: int, *shape: int, **options: Any) -> Tensor:
+        """This rank's `count` rows [count, ...] of noise that is drawn for all."""
+        return self.own(torch.randn(self.whole(count), *shape, **options))
+
+    def rand(self, count: int, *shape: int, **options: Any) -> Tensor:
+        """The same of numbers in [0, 1)."""
+        return self.own(torch.rand(self.whole(count), *shape, **options))
+
+    def randn_like(self, rows: Tensor) -> Tensor:
+        """Noise in the memory order of rows, which decides what is drawn where."""
+        size = self.whole(len(rows)), *rows.shape[1:]
+        return self.own(torch.randn_like(rows.new_empty_strided(size, rows.stride())))
+
+    def grain(self, x: Tensor) -> Tensor:
+        """Noise [B, 1, H, W] of this rank's rows, for x [B, C, H, W]."""
+        return self.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+
+
+class WholeDropout(TorchFunctionMode):
+    """Inside, dropout of a rank's rows draws for those of all ranks, as one process does.
+
+    Args:
+        ranks: of this process; all of them drop out, each of as many rows as it has.
+    """
+
+    def __init__(self, ranks: Ranks):
         super().__init__()
-        self.ranks, self.total = ranks, total
+        self.ranks = ranks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.dropout or self.ranks.size == 1:
             return func(*args, **(kwargs or {}))
-        x, *rest = args
-        whole = x.new_ones(self.total, *x.shape[1:])
-        return x * self.ranks.own(F.dropout(whole, *rest, **(kwargs or {})))
+        return self.dropout(*args, **(kwargs or {}))
+
+    def dropout(
+        self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0:
+            return x
+        counts = row_counts(len(x), x.device, self.ranks.group)
+        kept = F.dropout(x.new_ones(sum(counts), *x.shape[1:]), p)
+        return x * kept.split(counts)[self.ranks.rank]
 
 
 def kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

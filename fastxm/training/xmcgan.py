@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from fastxm import losses
 from fastxm.data import text_features
-from fastxm.data.transforms import augment, draw
 from fastxm.encoders import image_encoder, text_encoder
 from fastxm.encoders.frozen import FrozenImages
 from fastxm.models.xmcgan import XMCGAN, DiscriminatorOutput, XMCGANConfig
@@ -184,8 +183,7 @@ class XMCGANRecipe(GANRecipe):
         return {name: value.detach() for name, value in metrics.items()}
 
     def generate(self, batch: Batch, *, update_stats: bool) -> Tensor:
-        size = self.config.batch_size, self.config.model.z_dim
-        z = self.ranks.own(torch.randn(size, device=self.device))
+        z = self.draw_noise(self.config.model.z_dim)
         with autocast(self.config.precision, self.device):
             return self.generator(z, *self.text(batch), update_stats=update_stats)
 
@@ -199,15 +197,6 @@ class XMCGANRecipe(GANRecipe):
         groups = [images.contiguous(memory_format=torch.channels_last) for images in groups]
         with autocast(self.config.precision, self.device):
             return self.discriminator(groups, [batch["sentence"], (of or batch)["sentence"]])
-
-    def augment(self, images: Tensor) -> Tensor:
-        drawn = self.ranks.own(draw(self.config.batch_size, device=self.device))
-        return augment(images, self.config.augment, parameters=drawn)
-
-    @property
-    def share(self) -> float:
-        """Of this process's pictures in a mean over those of all."""
-        return self.ranks.share(self.config.batch_size)
 
     def discriminator_loss(
         self, real: DiscriminatorOutput, fake: DiscriminatorOutput, batch: Batch
