@@ -15,6 +15,7 @@ from fastxm.ops.memory import keep_freed_memory
 from fastxm.training import checkpoint
 from fastxm.training import config as configs
 from fastxm.training.logging import RunLog
+from fastxm.training.marks import mark
 from fastxm.training.ranks import Ranks, alone, started
 from fastxm.training.recipe import Recipe
 
@@ -204,7 +205,10 @@ class Loop:
         return self.at.step >= self.loop.steps or not in_time
 
     def step(self) -> None:
-        self.at.add(self.recipe.step(next(self.batches)))
+        with mark("batch"):
+            batch = next(self.batches)
+        with mark("step"):
+            self.at.add(self.recipe.step(batch))
         self.at.step += 1
         step = self.at.step
         self.at.seconds = time.perf_counter() - self.began
@@ -249,7 +253,8 @@ class Loop:
     def draw(self) -> None:
         if self.log is None or self.grid_at == self.at.step:
             return
-        samples = self.recipe.sample()
+        with mark("sample"):
+            samples = self.recipe.sample()
         if samples is not None:
             self.grid = self.log.samples(self.at.step, samples.images, samples.captions)
         if figures := self.recipe.held_out():
@@ -274,7 +279,8 @@ class Loop:
             "counted": self.at.counted,
         }
         folder, keep = self.out / "checkpoints", self.loop.keep_checkpoints
-        checkpoint.save(folder, self.at.step, self.recipe.identity(), state, keep)
+        with mark("checkpoint"):
+            checkpoint.save(folder, self.at.step, self.recipe.identity(), state, keep)
 
     def close(self, interrupted: bool) -> Run:
         if self.at.step > self.saved_at:

@@ -1,5 +1,6 @@
 """The loop: resuming, stopping, diverging; on a recipe with no model worth the name."""
 
+import contextlib
 import json
 import os
 import platform
@@ -13,7 +14,8 @@ import pytest
 import torch
 from toy import Toy
 
-from fastxm.training import checkpoint, trainer
+from fastxm.training import checkpoint, marks, trainer
+from fastxm.training.marks import mark
 from fastxm.training.trainer import LoopConfig, NonFiniteLoss, train
 
 LOOP = LoopConfig(steps=20, log_every=3, sample_every=10, checkpoint_every=7, keep_checkpoints=2)
@@ -35,6 +37,28 @@ def test_a_run_leaves_what_it_says(tmp_path):
     assert run.grid.stat().st_size > 0
     assert (run.model / "weight.txt").exists()
     assert list((run.out / "tensorboard").iterdir())
+
+
+def test_a_profiler_sees_named_ranges(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def noted(name):
+        began.append(name)
+        yield
+        ended.append(name)
+
+    began, ended = [], []
+    monkeypatch.setattr(trainer, "mark", noted)
+    train(Toy(), tmp_path / "run", LoopConfig(steps=2, sample_every=1, checkpoint_every=2))
+    step = ["batch", "step", "sample"]
+    assert began == ended == [*step, *step, "checkpoint"]
+
+
+def test_ranges_are_nvtx_s_where_it_is_installed(monkeypatch):
+    if marks.nvtx:
+        assert isinstance(mark("step"), type(marks.nvtx.annotate("step")))
+    monkeypatch.setattr(marks, "nvtx", None)
+    with mark("step"):
+        pass
 
 
 def test_one_of_many_processes_is_refused(tmp_path, monkeypatch):
