@@ -1,23 +1,23 @@
-"""InfoNCE in two kernels that end in registers what a matrix product begins. Formula and letters:
+"""The sums over InfoNCE's logits, in registers, where a matrix product begins. Formula and letters:
 fastxm/ops/info_nce.py.
 
-stats      a program owns a strip of rows and a part of the columns. Of the logits s in it, it gives
-           for each row and each column a reference (their maximum), the sums of e = exp(s -
-           reference) and of e s, and the sum of s.
-gradient   a program owns a tile of g, which vendor products take on to x and y.
+A program owns a strip of rows and a part of the columns. Of the logits s in it, it gives for each
+row and each column a reference, the sum of e = exp(s - reference) and, where they are asked for,
+the sums of e s and of s; the reference is then their maximum. Where they are not, a whole tile
+without a positive takes one exponential a pair, with one reference for all its rows and columns; if
+a row or a column turns out too far below or above it, the tile is taken again, apart.
 
 A tile of products is taken to its end in pieces of few columns, lest it needs its registers twice.
 """
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-from .gemm import compiled, row_products
+from .gemm import row_products
+from .info_nce_tiles import CANDIDATES, CONFIGS, PART, TALLEST, compiles, size_class, tuned
 
 NOTHING = tl.constexpr(-1e30)  # the logit of a pair that is left out: below every other
 BITS = tl.constexpr(math.log2(math.e))
@@ -191,61 +191,6 @@ def _stats_kernel(x, y, a, b, row_labels, labels, row, column, positive, N, M, D
         tl.store(at + 3 * row_plane, plain, i < N)
 
 
-def _config(n: int, m: int, d: int, halvings: int, warps: int, stages: int) -> triton.Config:
-    blocks = {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": d, "HALVINGS": halvings}
-    blocks["GROUPS"] = min(warps, n // 16)
-    return triton.Config(blocks, num_warps=warps, num_stages=stages)
-
-
-CANDIDATES = [
-    _config(128, 256, 64, 3, 8, 3),
-    _config(256, 128, 64, 3, 8, 3),
-    _config(128, 128, 64, 3, 4, 3),
-    _config(128, 128, 64, 2, 8, 3),
-    _config(128, 64, 64, 2, 4, 4),
-    _config(128, 128, 32, 3, 8, 3),
-    _config(64, 64, 32, 0, 4, 3),
-]
-CONFIGS = [_config(32, 32, 32, 1, 4, 1)] if knobs.runtime.interpret else CANDIDATES
-SMALL = 1 << 20  # pairs
-TALLEST = max(config.kwargs["BLOCK_N"] for config in CONFIGS)
-PART = 256  # columns, or a multiple: no tile crosses the border of a part
-
-
-def _fits(config: triton.Config, itemsize: int, arch: int, labels: bool) -> bool:
-    # a tile's rows are 128 bytes long, and so are fetched whole; tensor cores of sm_80 take their
-    # operands from registers, those of float32 in three parts: room for fewer sums a thread, as
-    # beside labels; few warps spill on sm_100
-    tile = config.kwargs
-    held = tile["BLOCK_N"] * tile["BLOCK_M"] // (32 * config.num_warps)
-    room = 128 // itemsize if arch < 90 else 128 if arch < 100 else 16 * config.num_warps
-    room = min(room, 64) if labels else room
-    return tile["BLOCK_D"] * itemsize == 128 and held <= room
-
-
-def _fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
-    x = arguments["x"]
-    major, minor = torch.cuda.get_device_capability(x.device)
-    labels = arguments["labels"] is not None
-    fitting = [c for c in configs if _fits(c, x.element_size(), 10 * major + minor, labels)]
-    # a small problem takes less time than trying: the smallest tile, of which there are the most
-    return fitting[-1:] if arguments["N"] * arguments["M"] < SMALL else fitting
-
-
-def tuned(kernel: triton.JITFunction, configs: list[triton.Config],
-          *keys: str) -> triton.runtime.Autotuner:  # fmt: skip
-    # what the tiles are chosen by, beside dtypes; choices are kept on disk
-    return triton.autotune(
-        configs, ["tuned_for", "LABELS", "COLUMNS", "PRECISION", *keys],
-        prune_configs_by={"early_config_prune": _fitting}, cache_results=True,
-    )(kernel)  # fmt: skip
-
-
-def size_class(N: int, M: int, D: int) -> int:
-    # problems of about one size share their tiles; none of SMALL is of a class with a larger one
-    return 100 * (D - 1).bit_length() + (N * M).bit_length() // 3
-
-
 _stats = tuned(_stats_kernel, CONFIGS, "SUMS")
 
 Partial = tuple[Tensor, int, int]
@@ -286,27 +231,6 @@ def stats(x: Tensor, y: Tensor, a: Tensor, b: Tensor | None, row_labels: Tensor 
 
 def _rows_of_columns(N: int, tile: dict, count: int) -> int:
     return triton.cdiv(N, tile["BLOCK_N"]) * (1 + (count - 1) * tile["GROUPS"])
-
-
-def compiles(kernel: triton.JITFunction, candidates: list[triton.Config]) -> list:
-    built = []
-    types = {"smoothing": "fp32", "row_labels": "*i32:16", "labels": "*i32:16"}
-    types |= dict.fromkeys(("a", "b", "row", "column", "positive", "bounds"), "*fp32:16")
-    types |= dict.fromkeys(("M", "D", "part", "g_stride"), "i32:16")
-    variants = (("*bf16:16", 2, "tf32x3"), ("*fp32:16", 4, "tf32x3"), ("*fp32:16", 4, "tf32"))
-    for element, itemsize, precision in variants:
-        types |= dict.fromkeys(("x", "y", "g"), element)
-        for tile in candidates:
-            rare = {candidates[0]: (False, False), candidates[3]: (True, True)}.get(tile)
-            for labels, columns in ((False, True), *([rare] if rare else [])):
-                archs = [a for a in (80, 90, 100) if _fits(tile, itemsize, a, labels)]
-                options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages,
-                           "archs": archs}  # fmt: skip
-                constants = {"LABELS": labels, "COLUMNS": columns, "SCALED": labels,
-                             "SMOOTHED": labels, "SUMS": 4 if labels else 2,
-                             "PRECISION": precision, "GROUP": 8, **tile.kwargs}  # fmt: skip
-                built.append(compiled(kernel, types, constants, options))
-    return built
 
 
 COMPILES = compiles(_stats_kernel, CANDIDATES)

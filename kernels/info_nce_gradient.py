@@ -1,5 +1,8 @@
 """The gradient of InfoNCE's logits, which vendor products take on to x and y. Formula and letters:
 fastxm/ops/info_nce.py. A program owns a tile of it.
+
+exp(s - row) v + exp(s - column) w = exp(s - most) (exp(most - row) v + exp(most - column) w): one
+exponential a pair, where log-sum-exps are near each other and no positive leaves p - 1.
 """
 
 import triton
@@ -7,20 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .gemm import row_products
-from .info_nce import (
-    CANDIDATES,
-    CONFIGS,
-    _crosses,
-    _exp,
-    _factor,
-    _kept,
-    _piece,
-    _reach,
-    _scaled,
-    compiles,
-    size_class,
-    tuned,
-)
+from .info_nce import _crosses, _exp, _factor, _kept, _piece, _reach, _scaled
+from .info_nce_tiles import CANDIDATES, CONFIGS, compiles, size_class, tuned
 
 
 @triton.jit
