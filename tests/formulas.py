@@ -44,3 +44,15 @@ def info_nce_metrics(x, y, scale, symmetric=True, normalize=False, labels=None, 
         entropy = torch.special.entr(logits.softmax(1)).sum(1).mean()
         found.append(torch.stack([accuracy, entropy]))
     return sum(found) / len(found)
+
+
+def modulation_formula(x, gamma, beta, norm="batch", activation="relu"):
+    if norm == "batch":
+        xhat = F.batch_norm(x, None, None, training=True)
+    elif norm == "instance":
+        xhat = F.group_norm(x, x.shape[1])
+    else:
+        xhat = F.group_norm(x, 1) if norm == "layer" else x
+    size = x.shape[2:]
+    z = xhat * (1 + F.interpolate(gamma, size)) + F.interpolate(beta, size)
+    return F.relu(z) if activation == "relu" else z

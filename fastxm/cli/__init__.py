@@ -99,7 +99,7 @@ def prepare(arguments: list[str]) -> None:
         """Read a data set and encode its captions into the cache, once.
 
         Args:
-            data: "emoji", or a folder of captioned pictures.
+            data: "emoji", or a folder or tar shards of captioned pictures.
             image_size: side of the pictures.
             text_encoder: minilm, a local directory or a hub name; "none" leaves captions as text.
             words: word slots of a caption.

@@ -65,7 +65,7 @@ def evaluate(arguments: list[str]) -> None:
 
         Args:
             model: a run's directory, or a model's.
-            data: "emoji", or a folder of captioned pictures.
+            data: "emoji", or a folder or tar shards of captioned pictures.
             styles: of `emoji`, those that distance and retrieval are of: twemoji for LAFITE and
                 VDL, which learn from no other; both if not given.
             dual_encoder: a run's or a model's directory; one is trained on the data if not given.
@@ -79,7 +79,7 @@ def evaluate(arguments: list[str]) -> None:
         from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
 
         if styles and data != "emoji":
-            raise ValueError(f"styles are those of emoji, and {data} is a folder")
+            raise ValueError(f"styles are those of emoji, which {data} is not")
         options = {"styles": styles} if styles else {}
         generator = load(model, device)
         if dual_encoder is not None:

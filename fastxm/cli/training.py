@@ -78,7 +78,10 @@ def train_system(system: str, arguments: list[str]) -> "Run":
 
         made = recipe(asked.config)
         run = trainer.train(made, asked.out, asked.config.loop, resume=asked.resume)
-    finish(run, asked.out)
+    from fastxm.training.ranks import number
+
+    if number() == 0:  # of several processes one tells
+        finish(run, asked.out)
     return run
 
 
@@ -96,7 +99,10 @@ def base(system: str, arguments: list[str]) -> tuple[dict[str, Any], str, Path, 
     preset = known.preset or SYSTEMS[system][2]
     values, where = configs.preset(system, preset), f"preset {preset}"
     data = known.data or values["data"]
-    out = Path(known.out or f"runs/{system}-{Path(data).name}-{preset}")
+    named = Path(data)
+    if "{" in named.name:  # a pattern of tars: named as their folder is
+        named = named.resolve().parent
+    out = Path(known.out or f"runs/{system}-{named.name}-{preset}")
     if known.resume and not known.preset:
         return configs.read(out / "config.yaml", system), preset, out, str(out / "config.yaml")
     return values, preset, out, where
@@ -152,8 +158,11 @@ def finish(run: "Run", out: Path) -> None:
 
 def train_dual_encoder(arguments: list[str]) -> None:
     """Train the dual encoder that ranks pictures and captions."""
+    import torch
+
     from fastxm.training.dual_encoder import DualEncoderTraining
     from fastxm.training.dual_encoder import train_dual_encoder as fit
+    from fastxm.training.ranks import started
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
@@ -167,7 +176,10 @@ def train_dual_encoder(arguments: list[str]) -> None:
     asked = parse(Arguments, "train dual-encoder", arguments, default=default, config=flat)
     if (asked.out / "config.yaml").exists():
         raise ValueError(f"{asked.out} already holds a run: choose another --out")
-    model, metrics = fit(asked.config)
+    with started(torch.device("cpu")) as ranks:
+        model, metrics = fit(asked.config, progress=ranks.first, ranks=ranks)
+    if not ranks.first:
+        return
     configs.write(asked.out / "config.yaml", "dual-encoder", asked.config)
     (asked.out / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     model.save_pretrained(asked.out / "model")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastxm.data import emoji, folder
+from fastxm.data import emoji, folder, shards
 from fastxm.data.cache import log
 from fastxm.data.features import TextEncoder, text_features
 from fastxm.data.pictures import Source, rendered
@@ -53,7 +53,7 @@ class CaptionedImages:
 
     def batch(self, indices: Any) -> Tensor:
         """Several pictures. Returns [B, 3, S, S] in [0, 1]."""
-        return self.pixels(indices).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        return planes(self.pixels(indices))
 
     def pixels(self, indices: Any) -> Tensor:
         """Several pictures as they are kept. Returns uint8 [B, S, S, 3]."""
@@ -73,6 +73,11 @@ class CaptionedImages:
         )
 
 
+def planes(pixels: Tensor) -> Tensor:
+    """Bytes [B, S, S, 3] as floats [B, 3, S, S] in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
+
+
 def open_dataset(
     name_or_path: str | os.PathLike[str],
     image_size: int = 64,
@@ -87,30 +92,30 @@ def open_dataset(
     """Opens captioned pictures; the first time they are read into the cache.
 
     Args:
-        name_or_path: "emoji", or a folder of pictures with captions (`fastxm.data.folder`).
+        name_or_path: "emoji", a folder of pictures with captions (`fastxm.data.folder`), or tars: a
+            folder of them, one, or a pattern "SHARDS/{00000..00099}.tar" (`fastxm.data.shards`).
         image_size: the side S of the pictures.
         split: "train" or "val".
         cache_dir: where to keep them; $FASTXM_DATA or ~/.cache/fastxm if not given.
         workers: processes that read pictures; by default as many as cores, at most 8.
         progress: show a progress bar while reading.
         verify: compare the cache with its hashes, and make it again if it differs.
-        **options: of `fastxm.data.emoji.source` or `fastxm.data.folder.source`.
+        **options: of `fastxm.data.emoji.source`; of a folder and shards `resize`, `uncaptioned`.
 
     Raises:
         ModuleNotFoundError: a package that holds the pictures is missing.
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder or tar.
         ValueError: fewer than 2 captioned pictures, an unknown split or option.
     """
     if split not in SPLITS:
         raise ValueError(f"split is one of {SPLITS}, not {split!r}")
     if image_size < 1:
         raise ValueError(f"image_size is at least 1, not {image_size}")
-    source = open_source(name_or_path, options)
+    reading: dict[str, Any] = {"cache_dir": cache_dir, "workers": workers, "progress": progress}
+    source = open_source(name_or_path, options, reading)
     if not source.pictures:
         raise ValueError(too_few(name_or_path, 0, source.skipped))
-    images, manifest, directory = rendered(
-        source, image_size, cache_dir=cache_dir, workers=workers, progress=progress, verify=verify
-    )
+    images, manifest, directory = rendered(source, image_size, verify=verify, **reading)
     skipped = source.skipped + [(path, reason) for path, reason in manifest["skipped"]]
     if skipped:
         log.warning("%s: %d pictures read, %d skipped", source.name, len(images), len(skipped))
@@ -135,12 +140,18 @@ def open_dataset(
     return whole.select(rows)
 
 
-def open_source(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> Source:
+def open_source(
+    name_or_path: str | os.PathLike[str], options: dict[str, Any], reading: dict[str, Any]
+) -> Source:
     if name_or_path == "emoji":
         return emoji.source(**options)
     path = Path(name_or_path).expanduser()
+    if shards.is_shards(path):
+        return shards.source(path, **options, **reading)
     if not path.is_dir():
-        raise FileNotFoundError(f"a data set is 'emoji' or a folder of pictures, not {path}")
+        raise FileNotFoundError(
+            f"a data set is 'emoji' or a folder of pictures, or of tars, not {path}"
+        )
     return folder.source(path, **options)
 
 

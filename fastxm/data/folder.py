@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,6 +25,7 @@ from fastxm.data.cache import digest
 from fastxm.data.pictures import Picture, Source, flatten, split_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+TABLES = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("captions", "caption", "text", "TEXT", "txt", "prompt", "sentences_raw")
 RESIZES = ("crop", "stretch")
 
@@ -42,16 +43,14 @@ def source(path: Path, *, resize: str = "crop", uncaptioned: bool = False) -> So
         ValueError: an unknown way to resize, metadata that names no pictures or captions, or text
             that is not UTF-8.
     """
-    if resize not in RESIZES:
-        raise ValueError(f"resize is one of {RESIZES}, not {resize!r}")
+    check_resize(resize)
     pictures: list[Picture] = []
     skipped: list[tuple[str, str]] = []
     parts = [(path / "train", "train"), (path / "val", "val")]
     split_already = all(part.is_dir() for part, _ in parts)
     for root, split in parts if split_already else [(path, None)]:
         for file, captions in captioned_files(root):
-            captions = [" ".join(caption.split()) for caption in captions]
-            captions = [caption for caption in captions if caption]
+            captions = tidy(captions)
             if not file.is_file():
                 skipped.append((str(file), "no such file"))
             elif not captions and not uncaptioned:
@@ -66,10 +65,21 @@ def source(path: Path, *, resize: str = "crop", uncaptioned: bool = False) -> So
     return Source(path.resolve().name, pictures, partial(read, resize=resize), made_of, skipped)
 
 
+def check_resize(resize: str) -> None:
+    """Raises ValueError where a picture cannot be made square so."""
+    if resize not in RESIZES:
+        raise ValueError(f"resize is one of {RESIZES}, not {resize!r}")
+
+
+def tidy(captions: list[str]) -> list[str]:
+    """Captions with single spaces, without those that are empty."""
+    return [tidied for caption in captions if (tidied := " ".join(caption.split()))]
+
+
 def captioned_files(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """The pictures under a folder and their captions, as its metadata or the .txt files say."""
     found: dict[Path, list[str]] = {}
-    tables = sorted([*root.rglob("metadata.jsonl"), *root.rglob("metadata.csv")])
+    tables = sorted(table for name in TABLES for table in root.rglob(name))
     for table in tables:
         for line in rows_of(table):
             if not line.get("file_name"):
@@ -120,9 +130,9 @@ def captions_of(row: dict[str, Any], table: Path) -> list[str]:
     raise ValueError(f"{table} has a row without a caption; looked for the columns {COLUMNS}")
 
 
-def read(path: str, size: int, *, resize: str) -> np.ndarray:
+def read(file: str | BinaryIO, size: int, *, resize: str) -> np.ndarray:
     """One picture. Returns uint8 [size, size, 3]."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         picture = flatten(ImageOps.exif_transpose(image))
     box = None
     if resize == "crop":

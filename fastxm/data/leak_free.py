@@ -9,7 +9,8 @@ A joint encoder has learnt from pairs of pictures and captions. A generator that
 
 `emoji` has the styles openmoji and twemoji, which its captions name, so that none is shared. The
 training concepts are then either shared, as CLIP knows what any picture shows, or parted too, one
-half to the encoder and the other to the generator. A folder has one style, and its concepts part.
+half to the encoder and the other to the generator. A folder, or tars, have one style; their
+concepts part.
 """
 
 import hashlib
@@ -54,7 +55,7 @@ def leak_free(data: str, image_size: int, *, parted: bool = False, **options: An
     """Splits a captioned data set between a joint encoder and a generator.
 
     Args:
-        data: "emoji", or a folder.
+        data: "emoji", a folder or tar shards.
         image_size: side of the pictures.
         parted: part the training concepts too, as a folder's always are.
         **options: of `open_dataset`.

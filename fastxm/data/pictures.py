@@ -26,7 +26,7 @@ class Picture:
     """One picture of a source: where it is, what its captions are, how it is drawn."""
 
     id: str
-    path: str
+    path: Any  # what its source's `read` takes; named by str()
     captions: list[str]
     group: str
     split: str
@@ -40,14 +40,15 @@ class Source:
 
     name: str
     pictures: list[Picture]
-    read: Callable[[str, int], np.ndarray]
+    read: Callable[[Any, int], np.ndarray]
     made_of: dict[str, Any] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # before reading: no caption ...
 
 
 def split_of(name: str) -> str:
     """Every tenth name, by its hash, is in val, the others in train: the same on any machine."""
-    return "val" if int(hashlib.md5(name.encode()).hexdigest(), 16) % 10 == 0 else "train"
+    whole = hashlib.md5(name.encode("utf-8", "surrogateescape"))  # a name may be in any encoding
+    return "val" if int(whole.hexdigest(), 16) % 10 == 0 else "train"
 
 
 def flatten(image: Image.Image, background: str = "white") -> Image.Image:
@@ -106,7 +107,7 @@ def write_images(
     for picture, result in track(zip(pictures, results), len(pictures), title, progress=progress):
         if isinstance(result, str):
             log.warning("skipped %s: %s", picture.path, result)
-            skipped.append((picture.path, result))
+            skipped.append((str(picture.path), result))
         else:
             images[len(ids)] = result
             ids.append(picture.id)
@@ -119,15 +120,32 @@ def read_all(
 ) -> Iterator[np.ndarray | str]:
     """The pictures in order; in the place of one that cannot be read, the reason."""
     read = partial(read_one, source.read, image_size)
-    paths = [picture.path for picture in pictures]
+    yield from in_processes(read, [picture.path for picture in pictures], workers)
+
+
+def in_processes(
+    function: Callable[[Any], Any],
+    items: list[Any],
+    workers: int | None,
+    *,
+    few: int | None = None,
+    chunk: int = 32,
+) -> Iterator[Any]:
+    """What a function makes of items, in order.
+
+    Args:
+        workers: processes; by default as many as cores, at most 8.
+        few: so many items, by default FEW, are left to this process.
+        chunk: items that a process takes at a time.
+    """
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
-    if workers <= 1 or len(paths) <= FEW:
-        yield from map(read, paths)
+    if workers <= 1 or len(items) <= (FEW if few is None else few):
+        yield from map(function, items)
         return
     # fork where it is the habit: a script without a __main__ guard works
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(workers, context, leave_with, (os.getpid(),)) as pool:
-        yield from pool.map(read, paths, chunksize=32)
+        yield from pool.map(function, items, chunksize=chunk)
 
 
 def leave_with(parent: int) -> None:
@@ -142,7 +160,7 @@ def leave_with(parent: int) -> None:
 
 
 def read_one(
-    read: Callable[[str, int], np.ndarray], image_size: int, path: str
+    read: Callable[[Any, int], np.ndarray], image_size: int, path: Any
 ) -> np.ndarray | str:
     try:
         return read(path, image_size)

@@ -115,16 +115,24 @@ def origins(u: Tensor, largest: int) -> Tensor:
 
 
 def random_flip(
-    images: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None
+    images: Tensor,
+    p: float = 0.5,
+    *,
+    drawn: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Mirrors each picture left to right with probability p; not for flags or letters.
 
     Args:
         images: [B, C, H, W].
         p: 0 to 1.
+        drawn: [B], uniform in [0, 1): those below p are mirrored.
+        generator: draws them if they are not given.
     """
-    source = images.device if generator is None else generator.device
-    flipped = torch.rand(len(images), generator=generator, device=source).to(images.device) < p
+    if drawn is None:
+        source = images.device if generator is None else generator.device
+        drawn = torch.rand(len(images), generator=generator, device=source)
+    flipped = drawn.to(images.device) < p
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
 
 

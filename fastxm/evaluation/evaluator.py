@@ -234,7 +234,7 @@ def evaluate(
     Args:
         model: the generator; `model.image_size` is the side of its pictures.
         dual: ranks captions by pictures; its image encoder gives the features of the distance.
-        data: "emoji", or a folder of captioned pictures.
+        data: "emoji", or a folder or tar shards of captioned pictures.
         num_images: drawn for each distance, if the data set has twice as many.
         pool: captions among which a picture is to find its own, of as many concepts.
         seed: of what is chosen and of the noise, which differs from picture to picture.

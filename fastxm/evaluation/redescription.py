@@ -38,7 +38,7 @@ def evaluate_redescription(
 
     Args:
         model: the generator, with its DAMSM and STREAM.
-        data: "emoji", or a folder of captioned pictures.
+        data: "emoji", or a folder or tar shards of captioned pictures.
         num_images: pictures drawn; where fewer are held out, each is drawn of several times.
         pool: captions among which a picture is to find its own.
         seed: of what is chosen and of the noise, which differs from picture to picture.

@@ -71,7 +71,7 @@ def evaluate_selfsup(
 
     Args:
         run: the run's directory, whose maps are all judged; or a model's.
-        data: "emoji", or a folder of captioned pictures.
+        data: "emoji", or a folder or tar shards of captioned pictures.
         num_images: of each split, at most.
         permutations: of the test whether mapped codes are distributed as true ones.
         seed: of what is chosen and of noise.

@@ -26,18 +26,22 @@ def hinge_g(fake: Tensor) -> Tensor:
     return -fake.float().mean()
 
 
-def bce(logits: Tensor, real: bool, *, where: Tensor | None = None) -> Tensor:
+def bce(
+    logits: Tensor, real: bool, *, where: Tensor | None = None, count: float | Tensor | None = None
+) -> Tensor:
     """Binary cross entropy of logits that are all of real or all of generated pictures, in float32.
 
     Args:
         logits: [N].
         real: what they should say.
         where: [N] booleans, those that count; all if not given. 0 if none does.
+        count: what the sum of those that count is divided by; how many there are if not given.
     """
     surprise = F.softplus(-logits.float() if real else logits.float())
     if where is None:
         return surprise.mean()
-    return torch.where(where, surprise, 0).sum() / where.sum().clamp(min=1)
+    count = where.sum().clamp(min=1) if count is None else count
+    return torch.where(where, surprise, 0).sum() / count
 
 
 def kl_normal(mean: Tensor, log_var: Tensor) -> Tensor:

@@ -8,22 +8,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxm.ops import info_nce, region_word_scores
+from fastxm.ops.distributed import all_rows, gather_rows, row_counts
 from fastxm.ops.info_nce_views import info_nce_views
 from fastxm.ops.siglip import siglip
 
 
-def nce(a: Tensor, b: Tensor, *, temperature: float = 0.1) -> Tensor:
+def nce(
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: float = 0.1,
+    group: "dist.ProcessGroup | None" = None,
+) -> Tensor:
     """XMC-GAN's contrastive loss of paired rows: the sum of the two directions, of cosines.
 
     Args:
         a: [B, D].
         b: [B, D], row i the partner of a's row i.
         temperature: divides the cosines.
+        group: whose ranks each give their pairs; as of `info_nce`.
 
     Returns:
         scalar, float32.
     """
-    return 2 * info_nce(a, b, 1 / temperature, normalize=True)
+    return 2 * info_nce(a, b, 1 / temperature, normalize=True, group=group)
 
 
 def pseudo_text_loss(
@@ -33,6 +41,7 @@ def pseudo_text_loss(
     temperature: float = 0.5,
     text_share: float = 0.0,
     sharpened: bool = False,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """LAFITE's contrastive loss of paired rows: telling a text's picture, or the reverse.
 
@@ -43,6 +52,8 @@ def pseudo_text_loss(
         text_share: in [0, 1], weight of telling a picture's text; the rest tells a text's picture.
         sharpened: take exp(cosine / temperature) for the logits, as the released code does, where
             InfoNCE takes cosine / temperature.
+        group: whose ranks each give their pairs; as of `info_nce`. Sharpened, each rank gathers the
+            rows of all and has the whole loss.
 
     Returns:
         scalar, float32.
@@ -53,12 +64,13 @@ def pseudo_text_loss(
     if not 0 <= text_share <= 1:
         raise ValueError(f"text_share is in [0, 1], not {text_share}")
     if sharpened:
+        images, text = (all_rows(t, group) for t in (images, text))
         cosines = F.normalize(images.float(), dim=1) @ F.normalize(text.float(), dim=1).T
         logits = (cosines / temperature).exp()
         target = torch.arange(len(logits), device=logits.device)
         parts = [lambda: F.cross_entropy(logits.T, target), lambda: F.cross_entropy(logits, target)]
     else:
-        options: dict[str, Any] = {"normalize": True, "symmetric": False}
+        options: dict[str, Any] = {"normalize": True, "symmetric": False, "group": group}
         parts = [
             lambda: info_nce(text, images, 1 / temperature, **options),
             lambda: info_nce(images, text, 1 / temperature, **options),
@@ -77,6 +89,7 @@ def region_word_loss(
     attention_sharpness: float = 5.0,
     pooling_sharpness: float = 5.0,
     score_scale: float = 50.0,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """XMC-GAN's word loss: text i and picture i belong together, the sum of the two directions.
 
@@ -87,14 +100,18 @@ def region_word_loss(
         attention_sharpness: gamma_1, of the softmax over regions.
         pooling_sharpness: gamma_2, of the pooling over words.
         score_scale: gamma_3, of the scores as logits.
+        group: a torch.distributed group: each rank gives its own pictures and texts, of any number,
+            and scores the texts of all against its pictures. Each has the whole loss; the average
+            over ranks of their gradients, DistributedDataParallel's, is the whole gradient.
 
     Returns:
         scalar, float32.
     """
-    scores = score_scale * region_word_scores(
+    scores = score_scale * scores_of_all(
         regions,
-        words.to(regions.dtype),
+        words,
         lengths,
+        group,
         attention_sharpness=attention_sharpness,
         pooling_sharpness=pooling_sharpness,
     )
@@ -112,6 +129,7 @@ def damsm_loss(
     attention_sharpness: float = 4.0,
     pooling_sharpness: float = 5.0,
     score_scale: float = 10.0,
+    group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """AttnGAN's deep attentional multimodal similarity: word by word, and as a whole.
 
@@ -126,25 +144,54 @@ def damsm_loss(
         pooling_sharpness: gamma_2, of the pooling over words. As in the released code, and not in
             the paper's eq. 10, what is pooled is not divided by it.
         score_scale: gamma_3, of both scores as logits.
+        group: a torch.distributed group, whose ranks each give their own pictures, texts and
+            labels: the word loss is then as `region_word_loss` gives it, the sentence loss as
+            `info_nce` does. Averages over ranks are the whole losses and their gradients.
 
     Returns:
         the word loss and the sentence loss, scalars of float32: each the sum of both directions.
 
     Source: Xu et al. 2018, eqs. 7 to 14.
     """
-    scores = (score_scale * pooling_sharpness) * region_word_scores(
+    scores = (score_scale * pooling_sharpness) * scores_of_all(
         regions,
-        words.to(regions.dtype),
+        words,
         lengths,
+        group,
         attention_sharpness=attention_sharpness,
         pooling_sharpness=pooling_sharpness,
         word_softmax=True,
     )
     if labels is not None:
-        others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-        scores = scores.masked_fill((labels[:, None] == labels) & others, -torch.inf)
-    matched = 2 * info_nce(image, sentence, score_scale, normalize=True, labels=labels)
-    return both_ways(scores), matched
+        classes = labels
+        if group is not None:
+            classes = gather_rows(labels, row_counts(len(labels), labels.device, group), group)
+        others = ~torch.eye(len(classes), dtype=torch.bool, device=labels.device)
+        scores = scores.masked_fill((classes[:, None] == classes) & others, -torch.inf)
+    options: dict[str, Any] = {"normalize": True, "labels": labels, "group": group}
+    return both_ways(scores), 2 * info_nce(image, sentence, score_scale, **options)
+
+
+def scores_of_all(
+    regions: Tensor,
+    words: Tensor,
+    lengths: Tensor,
+    group: "dist.ProcessGroup | None",
+    **options: Any,
+) -> Tensor:
+    """Region-word scores of the texts and pictures of all ranks, of which each scores its pictures.
+
+    Args:
+        regions, words, lengths: as of `region_word_scores`; words are rounded to regions' dtype.
+        group: the ranks; None is this process alone.
+        options: as of `region_word_scores`.
+    """
+    words = words.to(regions.dtype)
+    if group is None:
+        return region_word_scores(regions, words, lengths, **options)
+    counts = row_counts(len(words), words.device, group)
+    words, lengths = (gather_rows(t, counts, group) for t in (words, lengths))
+    return gather_rows(region_word_scores(regions, words, lengths, **options).T, counts, group).T
 
 
 def both_ways(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ counts and values are those of the released code.)
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ from fastxm.nn.outputs import at_least_float
 from fastxm.nn.projected import ProjectedHeads
 from fastxm.nn.stylegan import (
     GAIN,
+    DownBlock,
     EqualConv2d,
     EqualLinear,
     ModulatedConv2d,
@@ -39,8 +40,9 @@ from fastxm.nn.stylegan import (
     with_deviation,
 )
 from fastxm.nn.text import SCALES, scaled
+from fastxm.ops.distributed import all_rows
 
-HALF = math.sqrt(0.5)
+Grain = str | Callable[[Tensor], Tensor]  # noise in the layers, by name, or drawn for x
 # root mean square of EfficientNet-Lite0's maps of drawings, the finest first
 SPREADS = (8.0, 11.0, 10.0, 8.0, 4.0)
 
@@ -188,7 +190,7 @@ class StyledConv(nn.Module):
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(c_out))
 
-    def forward(self, x: Tensor, w: Tensor, text: Tensor, noise: str) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, text: Tensor, noise: Grain) -> Tensor:
         style = self.style(w, text)
         x = self.conv.convolve(x, style)
         scale = self.conv.scale(style, GAIN).to(x.dtype)
@@ -198,6 +200,8 @@ class StyledConv(nn.Module):
         grain = self.grain.to(x.dtype)
         if noise == "random":
             grain = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+        elif not isinstance(noise, str):
+            grain = noise(x)
         grain = grain * (self.noise_strength * GAIN).to(x.dtype)
         return act(torch.addcmul(grain + bias, x, scale))
 
@@ -229,7 +233,7 @@ class Block(nn.Module):
         self.layers = 1 + up
 
     def forward(
-        self, x: Tensor, rgb: Tensor | None, ws: Sequence[Tensor], text: Tensor, noise: str
+        self, x: Tensor, rgb: Tensor | None, ws: Sequence[Tensor], text: Tensor, noise: Grain
     ) -> tuple[Tensor, Tensor]:
         """x, the picture so far and layers + 1 rows of w -> x and the picture at this size."""
         if self.up is not None:
@@ -278,10 +282,11 @@ class Generator(nn.Module):
         )
         self.num_ws = 2 * len(channels)
 
-    def synthesis(self, ws: Tensor, text: Tensor, *, noise: str | None = None) -> Tensor:
+    def synthesis(self, ws: Tensor, text: Tensor, *, noise: Grain | None = None) -> Tensor:
         """Pictures of w [B, num_ws, w_dim] and text [B, condition]: [B, 3, S, S], about [-1, 1].
 
-        The colours of a size share their row of w with the next size's first convolution.
+        The colours of a size share their row of w with the next size's first convolution. Noise is
+        as of `forward`, or a function from a layer's x [B, C, H, W] to its own, [B, 1, H, W].
         """
         if not self.config.grain:
             noise = "none"
@@ -324,26 +329,17 @@ class DiscriminatorOutput(NamedTuple):
     realness: Tensor
 
 
-class DownBlock(nn.Module):
-    """Two convolutions beside a skip path; the size is halved."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.conv = EqualConv2d(c_in, c_in, 3)
-        self.down = EqualConv2d(c_in, c_out, 3, down=True)
-        self.skip = EqualConv2d(c_in, c_out, 1, down=True, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, c_in, H, W] -> [B, c_out, H / 2, W / 2]."""
-        return self.down(self.conv(x), HALF) + self.skip(x, HALF)
-
-
 class Discriminator(nn.Module):
     """Pictures and text embeddings to logits, and to the pictures' features in the text's space.
 
     Args:
         config: of the whole model.
+
+    Attributes:
+        group: of torch.distributed, whose ranks' batches are one to the logit "batch".
     """
+
+    group: Any = None
 
     def __init__(self, config: LAFITEConfig) -> None:
         super().__init__()
@@ -368,7 +364,7 @@ class Discriminator(nn.Module):
             realness, semantic = self.realness(x).squeeze(1), self.semantic(x)
             matched = (semantic * text.to(semantic.dtype)).sum(1)
             if self.config.logit == "batch":
-                matched = matched.sum()
+                matched = all_rows(matched, self.group).sum()
         return DiscriminatorOutput(realness + matched, semantic, realness)
 
 
@@ -378,6 +374,8 @@ class ProjectedDiscriminator(Looks):
     Args:
         config: of the whole model.
     """
+
+    group: Any = None
 
     def __init__(self, config: LAFITEConfig) -> None:
         super().__init__()
@@ -397,7 +395,7 @@ class ProjectedDiscriminator(Looks):
         with torch.autocast(images.device.type, enabled=False):
             matched = (semantic * text.to(semantic.dtype)[:, None]).sum(2)
             if self.config.logit == "batch":
-                matched = matched.sum(0, keepdim=True)
+                matched = all_rows(matched, self.group).sum(0, keepdim=True)
         return DiscriminatorOutput(realness + matched, semantic.mean(1), realness)
 
 

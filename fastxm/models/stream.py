@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxm.data.vocabulary import END, UNKNOWN, Vocabulary
 from fastxm.encoders.frozen import Looks
 from fastxm.models.pretrained import Pretrained
+from fastxm.nn.batch_norm import BatchNorm1d
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class STREAM(Looks, Pretrained):
         self.config = config
         self.vocabulary = Vocabulary(config.vocabulary)
         self.image = nn.Linear(config.image_width, config.embedding)
-        self.norm = nn.BatchNorm1d(config.embedding, momentum=0.01)
+        self.norm = BatchNorm1d(config.embedding, momentum=0.01)
         self.embedding = nn.Embedding(len(self.vocabulary), config.embedding)
         self.lstm = nn.LSTM(config.embedding, config.hidden, batch_first=True)
         self.word = nn.Linear(config.hidden, len(self.vocabulary))
@@ -106,10 +108,26 @@ class STREAM(Looks, Pretrained):
         return found.new_zeros(targets.shape).masked_scatter(there, found)
 
     def loss(
-        self, whole: Tensor, tokens: Tensor, lengths: Tensor, *, given: Tensor | None = None
+        self,
+        whole: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
+        *,
+        given: Tensor | None = None,
+        group: "dist.ProcessGroup | None" = None,
     ) -> Tensor:
-        """The mean of `nll` over all words and ends, as the published code takes it."""
-        return self.nll(whole, tokens, lengths, given=given).sum() / (lengths + 1).sum()
+        """The mean of `nll` over all words and ends, as the published code takes it.
+
+        Args:
+            whole, tokens, lengths, given: as of `nll`.
+            group: a torch.distributed group, whose ranks each give texts of their own: the average
+                of their losses is the mean over the words of all.
+        """
+        words = (lengths + 1).sum()
+        if group is not None:
+            dist.all_reduce(words, group=group)
+            words = words / dist.get_world_size(group)
+        return self.nll(whole, tokens, lengths, given=given).sum() / words
 
     @torch.no_grad()
     def caption(

@@ -5,6 +5,7 @@ from fastxm.nn.modulation import (
     AttentionalModulation,
     ConditionalModulation,
     ModulatedNorm,
+    synchronise,
     take_statistics,
 )
 from fastxm.nn.spectral import SpectralConv2d, SpectralLinear, normalised_once
@@ -19,5 +20,6 @@ __all__ = [
     "SpectralLinear",
     "UpBlock",
     "normalised_once",
+    "synchronise",
     "take_statistics",
 ]

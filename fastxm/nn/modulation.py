@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastxm.nn.batch_norm import BatchNorm
 from fastxm.nn.init import glorot_normal_
 from fastxm.ops import modulation, word_modulation
 
@@ -30,6 +32,7 @@ class ModulatedNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    group: "dist.ProcessGroup | None" = None  # of `synchronise`
 
     def __init__(self, channels: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
@@ -55,7 +58,25 @@ class ModulatedNorm(nn.Module):
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
+            group=self.group,
         )
+
+
+def synchronise(network: nn.Module, group: "dist.ProcessGroup | None", rows: int) -> None:
+    """Lets every `ModulatedNorm` and batch norm of ours take the batch of all ranks of a group.
+
+    A network that has a group cannot be copied: copies are made before.
+
+    Args:
+        network: its norms are told.
+        group: the ranks; None, of one process.
+        rows: of all of them together, in every batch of a training.
+    """
+    for module in network.modules():
+        if isinstance(module, (ModulatedNorm, BatchNorm)):
+            module.group = group
+        if isinstance(module, BatchNorm):
+            module.rows = rows
 
 
 @torch.no_grad()

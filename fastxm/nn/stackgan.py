@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastxm.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d
 from fastxm.nn.blocks import Conv2d
 from fastxm.nn.outputs import at_least_float
 
@@ -22,13 +23,13 @@ def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
 
 def gated(c_in: int, c_out: int) -> nn.Sequential:
     """[B, c_in, H, W] -> [B, c_out, H, W]: convolution, batch norm, gate."""
-    return nn.Sequential(conv3x3(c_in, 2 * c_out), nn.BatchNorm2d(2 * c_out), nn.GLU(1))
+    return nn.Sequential(conv3x3(c_in, 2 * c_out), BatchNorm2d(2 * c_out), nn.GLU(1))
 
 
 def gated_up(c_in: int, c_out: int, up: str = "nearest") -> nn.Sequential:
     """[B, c_in, H, W] -> [B, c_out, 2 H, 2 W], by "nearest" or "bilinear" interpolation."""
     doubling = Conv2d(c_in, 2 * c_out, 3, up=up, bias=False)
-    return nn.Sequential(doubling, nn.BatchNorm2d(2 * c_out), nn.GLU(1))
+    return nn.Sequential(doubling, BatchNorm2d(2 * c_out), nn.GLU(1))
 
 
 class GatedResidual(nn.Module):
@@ -37,7 +38,7 @@ class GatedResidual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            *gated(channels, channels), conv3x3(channels, channels), nn.BatchNorm2d(channels)
+            *gated(channels, channels), conv3x3(channels, channels), BatchNorm2d(channels)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class FirstStage(nn.Module):
         super().__init__()
         first = channels << doublings
         self.linear = nn.Sequential(
-            nn.Linear(width, 32 * first, bias=False), nn.BatchNorm1d(32 * first), nn.GLU(1)
+            nn.Linear(width, 32 * first, bias=False), BatchNorm1d(32 * first), nn.GLU(1)
         )
         steps = pairwise(first >> i for i in range(doublings + 1))
         self.up = nn.Sequential(*(gated_up(a, b, up) for a, b in steps))
@@ -98,7 +99,7 @@ def tiled(condition: Tensor, x: Tensor) -> Tensor:
 
 
 def leaky(conv: nn.Conv2d) -> list[nn.Module]:
-    return [conv, nn.BatchNorm2d(conv.out_channels), nn.LeakyReLU(0.2)]
+    return [conv, BatchNorm2d(conv.out_channels), nn.LeakyReLU(0.2)]
 
 
 def halving(c_in: int, c_out: int) -> nn.Conv2d:
@@ -185,6 +186,6 @@ def orthogonal_(network: nn.Module, *, zeroed: tuple[type, ...] = (nn.Conv2d, nn
             nn.init.orthogonal_(module.weight)
             if module.bias is not None and isinstance(module, zeroed):
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        elif isinstance(module, BatchNorm):
             nn.init.normal_(module.weight, 1.0, 0.02)
             nn.init.zeros_(module.bias)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SLOPE, GAIN = 0.2, math.sqrt(2)
+HALF = math.sqrt(0.5)
 EPS = 1e-8
+GROUP = 4  # pictures whose deviation is taken together
 
 
 def taps(x: Tensor, gain: float = 1.0) -> Tensor:
@@ -146,7 +148,21 @@ class ModulatedConv2d(nn.Module):
             return (d * gain)[:, :, None, None]
 
 
-def with_deviation(x: Tensor, group: int = 4) -> Tensor:
+class DownBlock(nn.Module):
+    """Two convolutions beside a skip path; the size is halved."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv = EqualConv2d(c_in, c_in, 3)
+        self.down = EqualConv2d(c_in, c_out, 3, down=True)
+        self.skip = EqualConv2d(c_in, c_out, 1, down=True, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c_in, H, W] -> [B, c_out, H / 2, W / 2]."""
+        return self.down(self.conv(x), HALF) + self.skip(x, HALF)
+
+
+def with_deviation(x: Tensor, group: int = GROUP) -> Tensor:
     """x [B, C, H, W] with one more channel: how much the pictures of a group differ.
 
     A group holds `group` pictures, or the largest smaller number that divides B.

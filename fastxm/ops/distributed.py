@@ -6,11 +6,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def group_of(name: Any) -> dist.ProcessGroup:
+    """The group of a `group_name`, as torch's functional collectives find it."""
+    return _resolve_process_group(name)
 
 
 def row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
-    """How many rows each rank holds."""
-    own = torch.tensor([rows], device=device)
+    """How many rows each rank holds; no GPU is waited for where the group talks on the CPU too."""
+    here = device if "cpu" not in dist.get_backend_config(group) else "cpu"
+    own = torch.tensor([rows], device=here)
     counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, own, group=group)
     return torch.cat(counts).tolist()
@@ -28,6 +35,13 @@ def gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> T
         [sum(counts), ...]. Its gradient is summed over the ranks, and each gets its own rows.
     """
     return _Gather.apply(x, counts, group)
+
+
+def all_rows(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """As `gather_rows`, of ranks that hold any number; x itself where there is no group."""
+    if group is None:
+        return x
+    return gather_rows(x, row_counts(len(x), x.device, group), group)
 
 
 class _Gather(torch.autograd.Function):

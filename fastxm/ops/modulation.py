@@ -35,6 +35,7 @@ def modulation(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str = "relu",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """act(norm(x) (1 + gamma) + beta), gamma and beta read as nearest-upsampled to x.
 
@@ -47,6 +48,8 @@ def modulation(
             one, as in TensorFlow and JAX (torch.nn.BatchNorm2d keeps n / (n - 1) of it).
         training: False takes running_mean and running_var, as constants.
         activation: "relu" or "none".
+        group: a torch.distributed group whose ranks give one or more rows each: the batch of
+            norm="batch" is that of all. All ranks run the backward, or none.
 
     Returns:
         [B, C, H, W] in x's dtype and memory format. Statistics and sums are float32 (float64 for
@@ -64,7 +67,8 @@ def modulation(
         if running_mean is None or running_var is None:
             raise ValueError("modulation with training=False needs running_mean and running_var")
         axes, mean, var = [], running_mean.view(1, -1, 1, 1), running_var.view(1, -1, 1, 1)
-    out, mean, var = _fwd(x, gamma, beta, mean, var, axes, eps, activation == "relu")
+    ranks = group.group_name if group is not None and axes == AXES["batch"] else ""
+    out, mean, var = _fwd(x, gamma, beta, mean, var, axes, eps, activation == "relu", ranks)
     if axes == AXES["batch"] and running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.flatten().to(running_mean.dtype), momentum)
@@ -101,15 +105,15 @@ def _backend(x: Tensor) -> Any:
 @torch.library.custom_op("fastxm::modulation_fwd", mutates_args=())
 def _fwd(
     x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor | None, var: Tensor | None,
-    axes: list[int], eps: float, relu: bool
+    axes: list[int], eps: float, relu: bool, group: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if mean is not None and var is not None:  # an output is no view of an input
         mean, var = (t.to(x.device, dispatch.wide_dtype(x), copy=True) for t in (mean, var))
-    return _backend(x).fwd(x, gamma, beta, mean, var, axes, eps, relu)
+    return _backend(x).fwd(x, gamma, beta, mean, var, axes, eps, relu, group)
 
 
 @_fwd.register_fake
-def _(x, gamma, beta, mean, var, axes, eps, relu):
+def _(x, gamma, beta, mean, var, axes, eps, relu, group=""):
     shape = [1 if i in axes else n for i, n in enumerate(x.shape)] if axes else mean.shape
     mean, var = (x.new_empty(shape, dtype=dispatch.wide_dtype(x)) for _ in range(2))
     return torch.empty_like(x, memory_format=reference.layout(x)), mean, var
@@ -118,13 +122,13 @@ def _(x, gamma, beta, mean, var, axes, eps, relu):
 @torch.library.custom_op("fastxm::modulation_bwd", mutates_args=())
 def _bwd(
     dout: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor,
-    axes: list[int], eps: float, relu: bool
+    axes: list[int], eps: float, relu: bool, group: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backend(x).bwd(dout, x, gamma, beta, mean, var, axes, eps, relu)
+    return _backend(x).bwd(dout, x, gamma, beta, mean, var, axes, eps, relu, group)
 
 
 @_bwd.register_fake
-def _(dout, x, gamma, beta, mean, var, axes, eps, relu):
+def _(dout, x, gamma, beta, mean, var, axes, eps, relu, group=""):
     return tuple(torch.empty_like(t, memory_format=reference.layout(x)) for t in (x, gamma, beta))
 
 
@@ -135,16 +139,12 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_):
-    x, gamma, beta, *given = ctx.saved_tensors
+    maps, rest = ctx.saved_tensors[:3], (*ctx.saved_tensors[3:], *ctx.options)
     if torch.is_grad_enabled():
-
-        def formula(*maps):
-            return reference.fwd(*maps, *given, *ctx.options)[0]
-
-        grads = dispatch.vjp(formula, (x, gamma, beta), (dout,))
+        grads = dispatch.vjp(lambda *m: reference.fwd(*m, *rest)[0], maps, (dout,))
     else:
-        grads = _bwd(dout, x, gamma, beta, *given, *ctx.options)
-    return *grads, *[None] * 5
+        grads = _bwd(dout, *maps, *rest)
+    return *grads, *[None] * 6
 
 
 _fwd.register_autograd(_backward, setup_context=_save)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops import dispatch
+from fastxm.ops import dispatch, modulation_ranks
 from fastxm.ops.modulation_reference import as_inputs, layout
 
 PASSES = ("stats", "fwd", "sums", "dx")
@@ -30,11 +30,14 @@ class Fused:
         self.name = name
         self.enough = 32 if name == "cpu" else 1024  # units of work that keep a machine busy
 
-    def fwd(self, x, gamma, beta, mean, var, axes, eps, relu) -> tuple[Tensor, Tensor, Tensor]:
+    def fwd(
+        self, x, gamma, beta, mean, var, axes, eps, relu, group
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The output, and the statistics in the shape that broadcasts to x."""
         x, gamma, beta = _ready(x, gamma, beta)
         if axes:
             mean, var = self.statistics(x, axes)
+            mean, var = modulation_ranks.pool(x, mean, var, group)
         out = torch.empty_like(x)
         rstd = torch.rsqrt(var + eps)
         self.run("fwd", relu, 1, x=x, gamma=gamma, beta=beta, mean=_planes(mean, x),
@@ -52,7 +55,7 @@ class Fused:
         var = between + var.mean(dims, keepdim=True)
         return mean[0, :, :, None, None], var[0, :, :, None, None]
 
-    def bwd(self, dout, x, gamma, beta, mean, var, axes, eps, relu) -> Any:
+    def bwd(self, dout, x, gamma, beta, mean, var, axes, eps, relu, group) -> Any:
         """The gradients of x, gamma and beta."""
         inputs = x, gamma, beta
         x, gamma, beta = _ready(x, gamma, beta)
@@ -63,10 +66,10 @@ class Fused:
         dgamma, dbeta = self.sums(relu, at)
         p = q = torch.zeros_like(rstd)
         if axes:
-            n = x.numel() // rstd.numel()
             scale = 1 + gamma.to(rstd.dtype)
-            p = rstd * (scale * dbeta).sum(axes, keepdim=True) / n
-            q = rstd.square() * (scale * dgamma).sum(axes, keepdim=True) / n
+            sums = [(scale * t).sum(axes, keepdim=True) for t in (dbeta, dgamma)]
+            m1, m2 = modulation_ranks.means(x, sums, group)
+            p, q = rstd * m1, rstd.square() * m2
         dx = torch.empty_like(x)
         self.run("dx", relu, 1, **at, p=_planes(p, x), q=_planes(q, x), out=dx)
         return as_inputs(x, *zip((dx, dgamma, dbeta), inputs))

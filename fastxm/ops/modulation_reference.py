@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxm.ops import dispatch
+from fastxm.ops import dispatch, modulation_ranks
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -25,18 +25,19 @@ def spread(gamma: Tensor) -> Tensor:
     return gamma[:, :, :, None, :, None]
 
 
-def fwd(x, gamma, beta, mean, var, axes, eps, relu) -> tuple[Tensor, Tensor, Tensor]:
+def fwd(x, gamma, beta, mean, var, axes, eps, relu, group) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the statistics in the shape that broadcasts to x."""
     wide, scale, shift = dispatch.wide(x, gamma, beta)
     if axes:
         var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
+        mean, var = modulation_ranks.pool(x, mean, var, group)
     xhat = (wide - mean) * torch.rsqrt(var + eps)
     z = (cells(xhat, gamma) * (1 + spread(scale)) + spread(shift)).reshape(x.shape)
     out = torch.relu(z) if relu else z
     return out.to(x.dtype).contiguous(memory_format=layout(x)), mean, var
 
 
-def bwd(dout, x, gamma, beta, mean, var, axes, eps, relu) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(dout, x, gamma, beta, mean, var, axes, eps, relu, group) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, gamma and beta."""
     g, wide, scale, shift = dispatch.wide(dout, x, gamma, beta)
     rstd = torch.rsqrt(var + eps)
@@ -47,7 +48,9 @@ def bwd(dout, x, gamma, beta, mean, var, axes, eps, relu) -> tuple[Tensor, Tenso
     dbeta, dgamma = g.sum((3, 5)), (g * by_cell).sum((3, 5))
     dx = (g * scale).reshape(x.shape)
     if axes:
-        dx = dx - dx.mean(axes, keepdim=True) - xhat * (dx * xhat).mean(axes, keepdim=True)
+        sums = [t.sum(axes, keepdim=True) for t in (dx, dx * xhat)]
+        m1, m2 = modulation_ranks.means(x, sums, group)
+        dx = dx - m1 - xhat * m2
     return as_inputs(x, (dx * rstd, x), (dgamma, gamma), (dbeta, beta))
 
 

@@ -1,15 +1,21 @@
 """Batches of pictures and text features on the training device."""
 
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastxm.data import BatchSampler, CaptionedImages
+from fastxm.data.captioned import planes
 from fastxm.data.transforms import random_flip
+from fastxm.training.ranks import Ranks
 
 Batch = dict[str, Any]
+AHEAD = 4  # batches that are read while a GPU is at work, each in a thread
 
 
 def place(tensor: Tensor, device: torch.device) -> Tensor:
@@ -20,10 +26,15 @@ def place(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pictures(dataset: CaptionedImages, indices: Tensor, device: torch.device) -> Tensor:
-    """Pictures [B, 3, S, S] in [0, 1] on the device: a GPU is sent bytes."""
+    """Pictures [B, 3, S, S] in [0, 1] on the device."""
+    return on_device(dataset.pixels(indices), device)
+
+
+def on_device(pixels: Tensor, device: torch.device) -> Tensor:
+    """Bytes [B, S, S, 3] as pictures [B, 3, S, S] in [0, 1] on the device: a GPU is sent bytes."""
     if device.type != "cuda":
-        return dataset.batch(indices).to(device)
-    return unpacked(place(dataset.pixels(indices), device))
+        return planes(pixels).to(device)
+    return unpacked(place(pixels, device))
 
 
 def unpacked(pixels: Tensor) -> Tensor:
@@ -41,8 +52,63 @@ class CaptionTable(Protocol):
         """Of these rows, tensors [B, ...]."""
 
 
-class CaptionedBatches:
-    """Endless batches of a data set; the sampler's position is the state.
+class ReadAhead(ABC):
+    """Endless batches of a sampler; what they hold is read while those before are learnt from.
+
+    The state is the position after the last batch that was handed out: a run that resumes draws
+    again what had only been read.
+
+    Args:
+        sampler: says what comes next.
+        device: where the batches go.
+        ahead: batches that are read at a time; by default as many as `AHEAD` for a GPU, none for a
+            CPU, whose cores are at work.
+    """
+
+    def __init__(self, sampler: BatchSampler, device: torch.device, ahead: int | None):
+        self.sampler, self.device = sampler, device
+        self.ahead = (AHEAD if device.type == "cuda" else 0) if ahead is None else ahead
+        self.position = sampler.state_dict()
+
+    @abstractmethod
+    def read(self, indices: Tensor, numbers: Tensor) -> Batch:
+        """What is known of pictures [B] and their captions [B]; called in a thread."""
+
+    @abstractmethod
+    def finish(self, read: Batch) -> Batch:
+        """The batch on the device; called in turn, so that it may draw random numbers."""
+
+    def batch(self, indices: Tensor, numbers: Tensor) -> Batch:
+        """The pictures `indices` [B] with their captions `numbers` [B]."""
+        return self.finish(self.read(indices, numbers))
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.sampler.load_state_dict(self.position)
+        if self.ahead:
+            yield from self.read_ahead()
+        for drawn in self.sampler:
+            self.position = self.sampler.state_dict()
+            yield self.batch(*drawn)
+
+    def read_ahead(self) -> Iterator[Batch]:
+        waiting: deque[Any] = deque()
+        with ThreadPoolExecutor(self.ahead) as readers:
+            for drawn in self.sampler:
+                waiting.append((readers.submit(self.read, *drawn), self.sampler.state_dict()))
+                if len(waiting) > self.ahead:
+                    reading, self.position = waiting.popleft()
+                    yield self.finish(reading.result())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.position
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+        self.position = self.sampler.state_dict()
+
+
+class CaptionedBatches(ReadAhead):
+    """Endless batches of a data set.
 
     A batch holds image [B, 3, S, S] in [0, 1], index [B] and caption, a list of B texts; of
     `TextFeatures` words [B, T, E], sentence [B, E] and lengths [B], of `Tokens` tokens [B, T] and
@@ -54,7 +120,9 @@ class CaptionedBatches:
         batch_size: B.
         seed: of the sampler.
         flip: mirrors half of the pictures.
-        device: where the tensors go.
+        device, ahead: as `ReadAhead` takes them.
+        ranks: of several, each is given its own rows; `batch_size` is of them all.
+        parts: of a batch that are shared out each by itself.
     """
 
     def __init__(
@@ -66,31 +134,37 @@ class CaptionedBatches:
         seed: int = 0,
         flip: bool = False,
         device: torch.device | str = "cpu",
+        ahead: int | None = None,
+        ranks: Ranks | None = None,
+        parts: int = 1,
     ):
-        self.dataset, self.features = dataset, features
-        self.flip, self.device = flip, torch.device(device)
-        self.sampler = BatchSampler(dataset, batch_size, seed=seed)
+        self.dataset, self.features, self.flip = dataset, features, flip
+        self.ranks, self.parts = ranks or Ranks(), parts
+        super().__init__(BatchSampler(dataset, batch_size, seed=seed), torch.device(device), ahead)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for indices, numbers in self.sampler:
-            yield self.batch(indices, numbers)
-
-    def batch(self, indices: Tensor, numbers: Tensor) -> Batch:
-        """The pictures `indices` [B] with their captions `numbers` [B]."""
-        image = pictures(self.dataset, indices, self.device)
-        if self.flip:
-            image = random_flip(image)
+    def read(self, indices: Tensor, numbers: Tensor) -> Batch:
+        whole = len(indices)
+        indices, numbers = (self.ranks.own(t, self.parts) for t in (indices, numbers))
         text = self.features.batch(self.features.row(indices, numbers))
-        tensors = {"image": image, **text, "index": indices}
-        batch: Batch = {name: place(tensor, self.device) for name, tensor in tensors.items()}
         pairs = zip(indices.tolist(), numbers.tolist())
-        return {**batch, "caption": [self.dataset.captions[i][k] for i, k in pairs]}
+        captions = [self.dataset.captions[i][k] for i, k in pairs]
+        return {
+            "whole": whole,
+            "image": self.dataset.pixels(indices),
+            **text,
+            "index": indices,
+            "caption": captions,
+        }
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state)
+    def finish(self, read: Batch) -> Batch:
+        image = on_device(read.pop("image"), self.device)
+        whole = read.pop("whole")  # rows of all ranks
+        if self.flip:
+            drawn = torch.rand(whole, device=self.device)
+            image = random_flip(image, drawn=self.ranks.own(drawn, self.parts))
+        captions = read.pop("caption")
+        tensors = {name: place(tensor, self.device) for name, tensor in read.items()}
+        return {"image": image, **tensors, "caption": captions}
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

@@ -17,8 +17,10 @@ from fastxm.data import CaptionedImages, open_dataset
 from fastxm.data.image_features import image_features
 from fastxm.data.subsets import principal
 from fastxm.data.vocabulary import UNKNOWN, Tokens, Vocabulary
+from fastxm.nn import synchronise
 from fastxm.training.batches import Batch, CaptionedBatches
 from fastxm.training.precision import pick_device, seed_all
+from fastxm.training.ranks import WholeDropout
 from fastxm.training.recipe import Player, Recipe
 from fastxm.training.trainer import LoopConfig
 
@@ -29,11 +31,11 @@ class CaptionTraining:
 
     loop: LoopConfig = field(default_factory=LoopConfig)
     data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
+    """"emoji", or a folder or tar shards of captioned pictures."""
     image_size: int = 256
     """Side of the pictures, before the image encoder resizes them."""
     batch_size: int = 48
-    """Pairs in an update."""
+    """Pairs in an update, of all processes together."""
     lr: float = 2e-3
     """Adam's first step."""
     lr_decay: float = 1.0
@@ -95,10 +97,11 @@ class CaptionRecipe(Recipe):
 
     @abstractmethod
     def losses(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """ "loss" and its parts, of features [B, width] of the pictures."""
+        """ "loss" and its parts, of features [B, width] of the pictures of this process."""
 
     def build(self) -> None:
         config = self.config
+        self.ranks.check(config.batch_size)
         seed_all(config.seed, self.device)
         train, self.held = (
             open_dataset(config.data, config.image_size, part) for part in ("train", "val")
@@ -106,6 +109,7 @@ class CaptionRecipe(Recipe):
         texts = (caption for captions in train.captions for caption in captions)
         vocabulary = Vocabulary.of(texts, config.min_count)
         self.model = self.make(vocabulary.words).train().to(self.device)
+        synchronise(self.model, self.ranks.group, config.batch_size)
         self.labels = concepts(train).to(self.device)
         self.batches = CaptionedBatches(
             train,
@@ -114,6 +118,7 @@ class CaptionRecipe(Recipe):
             seed=config.seed,
             flip=config.flip,
             device=self.device,
+            ranks=self.ranks,
         )
         self.epoch = len(train) / config.batch_size
         self.sight = self.eye()
@@ -136,18 +141,23 @@ class CaptionRecipe(Recipe):
         return getattr(self.model, "stem", self.model).vocabulary
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        config, optimizer = self.config, self.players[self.system].optimizer
-        passed = int(self.batches.sampler.batches / self.epoch)
+        config, player = self.config, self.players[self.system]
+        optimizer = player.optimizer
+        passed = int(self.batches.position["batches"] / self.epoch)
         for group in optimizer.param_groups:
             group["lr"] = max(config.lr * config.lr_decay**passed, config.lr_min)
         if config.unknown:
-            hidden = hide(batch["tokens"], batch["lengths"], config.unknown)
+            drawn = torch.rand(config.batch_size, batch["tokens"].shape[1], device=self.device)
+            drawn = self.ranks.own(drawn)
+            hidden = hide(batch["tokens"], batch["lengths"], config.unknown, drawn=drawn)
             batch = {**batch, "hidden": hidden}
-        found = self.losses(self.features(batch), batch)
-        optimizer.zero_grad()
-        found["loss"].backward()
+        with WholeDropout(self.ranks):
+            found = self.losses(self.features(batch), batch)
+        parameters = list(self.model.parameters())
+        player.take(self.ranks.average(torch.autograd.grad(found["loss"], parameters)))
         self.clip()
         optimizer.step()
+        optimizer.zero_grad()
         return {name: value.detach() for name, value in found.items()}
 
     def clip(self) -> None:
@@ -174,11 +184,18 @@ def chosen(dataset: CaptionedImages) -> CaptionedImages:
     return dataset.select(principal(dataset))
 
 
-def hide(tokens: Tensor, lengths: Tensor, share: float) -> Tensor:
-    """Numbered words of which a random share is unknown, so that training meets such words."""
+def hide(tokens: Tensor, lengths: Tensor, share: float, *, drawn: Tensor | None = None) -> Tensor:
+    """Numbered words of which a random share is unknown, so that training meets such words.
+
+    Args:
+        tokens: [B, T], padding after each text's length.
+        lengths: [B].
+        share: in [0, 1].
+        drawn: [B, T], uniform in [0, 1): those below share are hidden. Drawn if not given.
+    """
     there = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    hidden = torch.rand(tokens.shape, device=tokens.device) < share
-    return torch.where(hidden & there, UNKNOWN, tokens)
+    drawn = torch.rand(tokens.shape, device=tokens.device) if drawn is None else drawn
+    return torch.where((drawn < share) & there, UNKNOWN, tokens)
 
 
 def with_words(config: Any, vocabulary: tuple[str, ...]) -> Any:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,18 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, numbers.numpy(), *rest))  # noqa: NPY002
 
 
+def tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors in a nested state."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from tensors(value)
+
+
 def finite(state: Any) -> bool:
     """Whether every floating tensor in a nested state is finite."""
-    if isinstance(state, Tensor):
-        return not state.is_floating_point() or bool(state.isfinite().all())
-    if isinstance(state, dict):
-        return all(finite(value) for value in state.values())
-    if isinstance(state, (list, tuple)):
-        return all(finite(value) for value in state)
-    return True
+    return all(bool(t.isfinite().all()) for t in tensors(state) if t.is_floating_point())
 
 
 def sync(file: Any) -> None:

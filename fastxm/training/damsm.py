@@ -76,6 +76,7 @@ class DAMSMRecipe(CaptionRecipe):
     """DAMSM as the loop sees it."""
 
     system = "damsm"
+    spans = True
     model: DAMSM
     config: DAMSMTraining
 
@@ -90,10 +91,9 @@ class DAMSMRecipe(CaptionRecipe):
         regions, image = self.model.project(*self.parts(features))
         tokens = batch["hidden"] if "hidden" in batch else batch["tokens"]
         text = self.model.stem.read(tokens, batch["lengths"])
-        labels = self.labels[batch["index"]]
-        word, sentence = losses.damsm_loss(
-            regions, text.words, text.lengths, image, text.sentence, labels=labels
-        )
+        given = (regions, text.words, text.lengths, image, text.sentence)
+        labels, group = self.labels[batch["index"]], self.ranks.group
+        word, sentence = losses.damsm_loss(*given, labels=labels, group=group)
         return {"loss": word + sentence, "word": word, "sentence": sentence}
 
     def parts(self, features: Tensor) -> tuple[Tensor, Tensor]:

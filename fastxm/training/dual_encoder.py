@@ -22,6 +22,8 @@ from fastxm.data.subsets import principal
 from fastxm.encoders.dual import DualEncoder, DualEncoderConfig
 from fastxm.evaluation.metrics import retrieval_recall
 from fastxm.ops import info_nce
+from fastxm.training.ranks import Ranks, WholeDropout
+from fastxm.training.recipe import Player
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class DualEncoderTraining:
 
     model: DualEncoderConfig = field(default_factory=DualEncoderConfig)
     data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
+    """"emoji", or a folder or tar shards of captioned pictures."""
     image_size: int = 64
     """Side of the pictures before the image encoder resizes them: that of what it is to judge."""
     split: Literal["all", "styles", "concepts"] = "all"
@@ -39,7 +41,7 @@ class DualEncoderTraining:
     epochs: int = 32
     """Passes over the pictures."""
     batch_size: int = 512
-    """Pairs in an update."""
+    """Pairs in an update, of all processes together."""
     lr: float = 1e-3
     """AdamW's first step; it falls to 0 along a cosine."""
     weight_decay: float = 0.1
@@ -91,13 +93,14 @@ class Pairs:
 
 
 def train_dual_encoder(
-    config: DualEncoderTraining | None = None, *, progress: bool = True
+    config: DualEncoderTraining | None = None, *, progress: bool = True, ranks: Ranks | None = None
 ) -> tuple[DualEncoder, dict[str, float]]:
     """Trains the heads on the CPU; some seconds, once the features are in the cache.
 
     Args:
         config: of the training.
         progress: show progress bars.
+        ranks: of several processes that each call this, and take their rows of a batch.
 
     Returns:
         The model in eval mode, and what it reaches on held-out concepts ({} where there are none).
@@ -107,7 +110,7 @@ def train_dual_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # the CUDA ones stay as they are
         model = DualEncoder(config.model)
-        fit(model, Pairs.of(train, model, progress), config, progress)
+        fit(model, Pairs.of(train, model, progress), config, progress, ranks or Ranks())
     if len(held_out) == 0:
         return model, {}
     return model, recall(model, Pairs.of(held_out, model, progress))
@@ -128,11 +131,19 @@ def pairs_of(
     return train, held_out
 
 
-def fit(model: DualEncoder, pairs: Pairs, config: DualEncoderTraining, progress: bool) -> None:
+def fit(
+    model: DualEncoder,
+    pairs: Pairs,
+    config: DualEncoderTraining,
+    progress: bool,
+    ranks: Ranks,
+) -> None:
     """Trains the heads on these pairs."""
     model.standardise(pairs.images)
     model.train()
+    ranks.copy_first(list(model.state_dict().values()))
     optimizer = torch.optim.AdamW(groups(model, config.weight_decay), config.lr, fused=True)
+    player, parameters = Player(model, optimizer), list(model.parameters())
     updates = config.epochs * -(-len(pairs) // config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     counts = torch.from_numpy(pairs.captions)
@@ -140,12 +151,13 @@ def fit(model: DualEncoder, pairs: Pairs, config: DualEncoderTraining, progress:
     for _ in track(epochs, config.epochs, "dual encoder", progress=progress):
         numbers = (torch.rand(len(pairs), dtype=torch.float64) * counts).long()
         for index in torch.randperm(len(pairs)).split(config.batch_size):
-            embedded = model(pairs.images[index], pairs.sentences(index, numbers[index]))
-            loss = info_nce(*embedded, labels=pairs.labels[index])
-            if not loss.isfinite():
+            own = ranks.own(index)
+            with WholeDropout(ranks):
+                embedded = model(pairs.images[own], pairs.sentences(own, numbers[own]))
+            loss = info_nce(*embedded, labels=pairs.labels[own], group=ranks.group)
+            if ranks.any(not loss.isfinite()):
                 raise ValueError(f"the dual encoder's loss is {loss.item()}")
-            optimizer.zero_grad()
-            loss.backward()
+            player.take(ranks.average(torch.autograd.grad(loss, parameters)))
             optimizer.step()
             schedule.step()
     model.eval()

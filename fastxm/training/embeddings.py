@@ -1,7 +1,7 @@
 """Batches of pictures and of their embeddings in a joint space, captions where they are known."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import Tensor
 from fastxm.data import BatchSampler, CaptionedImages, text_features
 from fastxm.data.image_features import image_features
 from fastxm.data.transforms import random_flip
-from fastxm.training.batches import Batch, pictures, place
+from fastxm.training.batches import Batch, ReadAhead, on_device, place
+from fastxm.training.ranks import Ranks
 
 
 class Embeddings:
@@ -106,8 +107,8 @@ def share(id: str) -> float:
     return int.from_bytes(hashlib.sha256(id.encode()).digest()[:4], "big") / 2**32
 
 
-class EmbeddedBatches:
-    """Endless batches of a data set; the sampler's position is the state.
+class EmbeddedBatches(ReadAhead):
+    """Endless batches of a data set.
 
     A batch holds image [B, 3, S, S] in [-1, 1], index [B], and what `Embeddings.batch` gives.
 
@@ -117,7 +118,8 @@ class EmbeddedBatches:
         batch_size: B.
         seed: of the sampler.
         flip: mirrors half of the pictures; their embeddings stay.
-        device: where the tensors go.
+        device, ahead: as `ReadAhead` takes them.
+        ranks, parts: as `CaptionedBatches` takes them.
     """
 
     def __init__(
@@ -129,25 +131,26 @@ class EmbeddedBatches:
         seed: int = 0,
         flip: bool = False,
         device: torch.device | str = "cpu",
+        ahead: int | None = None,
+        ranks: Ranks | None = None,
+        parts: int = 1,
     ) -> None:
-        self.dataset, self.embeddings = dataset, embeddings
-        self.flip, self.device = flip, torch.device(device)
-        self.sampler = BatchSampler(dataset, batch_size, seed=seed)
+        self.dataset, self.embeddings, self.flip = dataset, embeddings, flip
+        self.ranks, self.parts = ranks or Ranks(), parts
+        super().__init__(BatchSampler(dataset, batch_size, seed=seed), torch.device(device), ahead)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for indices, numbers in self.sampler:
-            yield self.batch(indices, numbers)
+    def read(self, indices: Tensor, numbers: Tensor) -> Batch:
+        whole = len(indices)
+        indices, numbers = (self.ranks.own(t, self.parts) for t in (indices, numbers))
+        known = self.embeddings.batch(indices, numbers)
+        image = self.dataset.pixels(indices)
+        return {"whole": whole, "image": image, "index": indices, **known}
 
-    def batch(self, indices: Tensor, numbers: Tensor) -> Batch:
-        """The pictures `indices` [B] with their captions `numbers` [B]."""
-        image = pictures(self.dataset, indices, self.device) * 2 - 1
+    def finish(self, read: Batch) -> Batch:
+        image = on_device(read.pop("image"), self.device) * 2 - 1
+        whole = read.pop("whole")  # rows of all ranks
         if self.flip:
-            image = random_flip(image)
-        tensors = {"image": image, "index": indices, **self.embeddings.batch(indices, numbers)}
-        return {name: place(tensor, self.device) for name, tensor in tensors.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state)
+            drawn = torch.rand(whole, device=self.device)
+            image = random_flip(image, drawn=self.ranks.own(drawn, self.parts))
+        rest = {name: place(t, self.device) for name, t in read.items()}
+        return {"image": image, **rest}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastxm.data import BatchSampler, CaptionedImages, open_dataset
+from fastxm.data.transforms import augment, draw
 from fastxm.models.text_to_image import TextToImage
-from fastxm.nn import take_statistics
+from fastxm.nn import synchronise, take_statistics
 from fastxm.training.batches import CaptionedBatches
 from fastxm.training.ema import EMA
 from fastxm.training.precision import Precision, autocast, pick_device, pick_precision
@@ -29,11 +30,11 @@ class GANTraining:
 
     loop: LoopConfig = field(default_factory=LoopConfig)
     data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
+    """"emoji", or a folder or tar shards of captioned pictures."""
     resize: Literal["crop", "stretch"] = "crop"
-    """Of a folder's pictures: cut the middle square, or keep all, out of proportion."""
+    """Of pictures in a folder or tars: cut the middle square, or keep all, out of proportion."""
     batch_size: int = 64
-    """Pictures in an update."""
+    """Pictures in an update, of all processes together."""
     lr_g: float = 1e-4
     """Adam's step of the generator."""
     lr_d: float = 4e-4
@@ -118,6 +119,7 @@ class GANRecipe(Recipe):
             features: from a data set to its text features, as `CaptionedBatches` takes them.
         """
         config = self.config
+        self.ranks.check(config.batch_size)
         options = {} if config.data == "emoji" else {"resize": config.resize}
         train = open_dataset(config.data, image_size, "train", **options)
         held_out = open_dataset(config.data, image_size, "val", **options)
@@ -129,6 +131,8 @@ class GANRecipe(Recipe):
             seed=config.seed,
             flip=config.flip,
             device=self.device,
+            ranks=self.ranks,
+            parts=self.images_per_step // config.batch_size,
         )
 
     def player(self, network: nn.Module, lr: float) -> Player:
@@ -140,6 +144,8 @@ class GANRecipe(Recipe):
         config = self.config
         self.model = model
         self.ema = EMA(model.generator, config.ema_decay, ramp=config.ema_ramp)
+        for player in self.players.values():  # not the average: one rank draws of it
+            synchronise(player.network, self.ranks.group, config.batch_size)
         self.statistics_of: int | None = None  # the update whose average has its own statistics
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
@@ -150,6 +156,20 @@ class GANRecipe(Recipe):
         noise = torch.randn(len(self.captions), self.model.noise_width, generator=source)
         return (noise.to(self.device), *self.encode(self.captions))
 
+    @property
+    def share(self) -> float:
+        """Of this process's pictures in a mean over those of all."""
+        return self.ranks.share(self.config.batch_size)
+
+    def draw_noise(self, width: int) -> Tensor:
+        """What this process's pictures are drawn of: [B, width], standard normal."""
+        return self.ranks.own(torch.randn(self.config.batch_size, width, device=self.device))
+
+    def augment(self, images: Tensor) -> Tensor:
+        """This process's pictures [B, 3, S, S] in [0, 1], augmented as the configuration says."""
+        drawn = self.ranks.own(draw(self.config.batch_size, device=self.device))
+        return augment(images, self.config.augment, parameters=drawn)
+
     def warm_up(self, names: Sequence[str]) -> None:
         """Sets the discriminators' step size: a sharp judge at once leaves a generator behind."""
         share = min(1.0, (self.ema.updates + 1) / max(1, self.config.d_warmup))
@@ -159,9 +179,10 @@ class GANRecipe(Recipe):
 
     def update(self, gradients: dict[str, tuple[Tensor, ...]]) -> None:
         """Applies gradients of (scaled) losses; fp16 skips an update that overflowed."""
+        mean = iter(self.ranks.average([t for values in gradients.values() for t in values]))
         for name, values in gradients.items():
             player = self.players[name]
-            player.take(values)
+            player.take([next(mean) for _ in values])
             self.scaler.step(player.optimizer)
             player.optimizer.zero_grad()
         self.scaler.update()

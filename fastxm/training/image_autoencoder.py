@@ -79,7 +79,7 @@ class ImageRecipe(Recipe):
 
     Args:
         config: of the training.
-        data: "emoji", or a folder of captioned pictures.
+        data: "emoji", or a folder or tar shards of captioned pictures.
         device: auto, cpu or cuda.
         seed: of weights, noise and the order of pictures.
         samples: pictures in a sample grid, each beside its reconstruction.

@@ -22,6 +22,7 @@ from fastxm.encoders import joint_encoder
 from fastxm.encoders.dual import DualEncoderConfig
 from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
 from fastxm.training.embeddings import Embeddings, embed_captions
+from fastxm.training.ranks import Ranks
 
 OF_ENCODER = "encoder"
 
@@ -56,6 +57,7 @@ class JointData:
     Args:
         config: a `LAFITETraining` or what is made of it.
         device: of the encoder.
+        ranks: of several processes the first tells what there is.
 
     Attributes:
         encoder: the frozen joint encoder.
@@ -67,9 +69,9 @@ class JointData:
         FileNotFoundError: there is no such corpus.
     """
 
-    def __init__(self, config: Any, device: torch.device) -> None:
+    def __init__(self, config: Any, device: torch.device, ranks: Ranks | None = None) -> None:
         self.pairs: CaptionedImages | None = None  # of the encoder, where it is trained here
-        self.device = device
+        self.device, self.tells = device, (ranks or Ranks()).first
         self.train, self.held_out = self.open(config)
         self.encoder = self.open_encoder(config).to(device)
         if self.encoder.width != config.model.embedding:
@@ -91,14 +93,14 @@ class JointData:
         size = config.model.image_size
         if split != "all":
             parts = leak_free(config.data, size, parted=split == "concepts")
-            print("\n".join(parts.lines()), file=sys.stderr, flush=True)
+            self.tell(*parts.lines())
             self.pairs = parts.encoder
             return parts.generator, parts.held_out
         train, held_out = (
             open_dataset(config.data, size, part, uncaptioned=True) for part in ("train", "val")
         )
         with_text = sum(map(bool, train.captions))
-        print(f"{len(train)} pictures, {with_text} with captions", file=sys.stderr, flush=True)
+        self.tell(f"{len(train)} pictures, {with_text} with captions")
         return train, held_out
 
     def open_encoder(self, config: Any) -> Any:
@@ -135,5 +137,9 @@ class JointData:
                 )
             parts = [texts[i : i + 256] for i in range(0, len(texts), 256)]
             text = torch.cat([self.encoder.embed_text(part).cpu() for part in parts])
-        print(f"corpus: {len(text)} texts, of no picture", file=sys.stderr, flush=True)
+        self.tell(f"corpus: {len(text)} texts, of no picture")
         return Corpus(text, self.encoder.temperature)
+
+    def tell(self, *lines: str) -> None:
+        if self.tells:
+            print(*lines, sep="\n", file=sys.stderr, flush=True)

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 
 from fastxm import losses
 from fastxm.data import CaptionedImages
-from fastxm.data.transforms import augment, parse, random_square
+from fastxm.data.transforms import augment, draw, parse, random_square
 from fastxm.encoders.frozen import Looks
 from fastxm.models.lafite import LAFITE, LAFITEConfig
 from fastxm.models.pretrained import Pretrained
 from fastxm.nn.directions import Noise, draw_noise
+from fastxm.nn.stylegan import GROUP
 from fastxm.training.batches import Batch
 from fastxm.training.diagnostics import HeldOutPairs
 from fastxm.training.ema import EMA
@@ -33,6 +34,7 @@ from fastxm.training.embeddings import EmbeddedBatches
 from fastxm.training.gan import GANRecipe, gradients, sample_captions
 from fastxm.training.joint_data import OF_ENCODER, JointData
 from fastxm.training.precision import autocast, seed_all
+from fastxm.training.ranks import Shares
 from fastxm.training.recipe import Player, State
 from fastxm.training.trainer import LoopConfig
 
@@ -51,7 +53,7 @@ class LAFITETraining:
     model: LAFITEConfig = field(default_factory=LAFITEConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     data: str = "emoji"
-    """"emoji", or a folder of pictures, captioned or not."""
+    """"emoji", or a folder or tar shards of pictures, captioned or not."""
     encoder: str = ""
     """Directory of a joint encoder (CLIP or a dual encoder); empty trains one on a part of data."""
     encoder_size: int = 96
@@ -66,7 +68,7 @@ class LAFITETraining:
     label_fraction: float = 0.0
     """Share of the pictures whose captions are learnt from, in [0, 1]."""
     batch_size: int = 64
-    """Pictures in an update."""
+    """Pictures in an update, of all processes together; of several a multiple of 4."""
     lr: float = 0.0025
     """Adam's step, before the correction for lazy regularisation."""
     lr_d: float = 0.0
@@ -160,12 +162,16 @@ class LAFITERecipe(GANRecipe):
     """
 
     system = "lafite"
+    spans = True
     model_class: type[LAFITE] = LAFITE
     batches: EmbeddedBatches  # type: ignore[assignment]
     model: LAFITE
 
     def build(self) -> None:
         config = self.config
+        self.shares = Shares(self.ranks, config.batch_size, GROUP)
+        if config.compile and config.model.logit == "batch" and self.ranks.size > 1:
+            raise ValueError("logit batch is a sum over processes, which no compiled code holds")
         data = self.open_data()
         self.encoder = data.encoder
         seed_all(config.seed, self.device)
@@ -176,8 +182,10 @@ class LAFITERecipe(GANRecipe):
         model.attach(self.encoder)
         self.model = model.train().to(self.device)  # channels_last by itself
         self.batches = self.open_pictures(data)
+        model.discriminator.group = self.ranks.group
         self.synthesis: Callable[..., Any] = model.generator.synthesis
         self.discriminator: Callable[..., Any] = model.discriminator
+        self.grain = {"noise": self.shares.grain} if self.ranks.size > 1 else {}
         if config.compile:
             if isinstance(model.discriminator, Looks):
                 model.discriminator.load()
@@ -192,7 +200,7 @@ class LAFITERecipe(GANRecipe):
 
     def open_data(self) -> JointData:
         """The joint encoder and the pictures."""
-        return JointData(self.config, self.device)
+        return JointData(self.config, self.device, self.ranks)
 
     def open_pictures(self, data: JointData) -> EmbeddedBatches:
         """The training data; sets aside what is measured and drawn in the sample grids."""
@@ -206,6 +214,7 @@ class LAFITERecipe(GANRecipe):
         if any(len(part) for part in parts):
             self.captions = sample_captions(parts, config.samples)
         options: dict[str, Any] = {"seed": config.seed, "flip": config.flip, "device": self.device}
+        options |= {"ranks": self.ranks, "parts": self.shares.parts}
         return EmbeddedBatches(train, embeddings, config.batch_size, **options)
 
     def make_players(self) -> dict[str, Player]:
@@ -283,7 +292,9 @@ class LAFITERecipe(GANRecipe):
         """
         z = batch["embedding"]
         t = self.pseudo_text(batch).sample(self.noise(len(z)))
-        loss = losses.pseudo_text_loss(z, t, temperature=0.1, text_share=0.5, sharpened=True)
+        loss = losses.pseudo_text_loss(
+            z, t, temperature=0.1, text_share=0.5, sharpened=True, group=self.ranks.group
+        )
         self.apply("perturbation", loss)
         return {"loss_perturbation": loss}
 
@@ -314,7 +325,7 @@ class LAFITERecipe(GANRecipe):
         with autocast(config.precision, self.device):
             fake = self.draw_pictures(condition)
             judged = self.discriminator(self.augmented(fake), condition)
-        parts = {"g_gan": self.adversarial[0](judged.logits)}
+        parts = {"g_gan": self.shares.share * self.adversarial[0](judged.logits)}
         total = parts["g_gan"]
         if config.encoder_weight or config.picture_weight:
             seen = self.see(fake)
@@ -339,8 +350,9 @@ class LAFITERecipe(GANRecipe):
         with autocast(config.precision, self.device):
             of_fake = self.discriminator(self.augmented(fake), condition)
             of_real = self.discriminator(self.augmented(batch["image"]), condition)
-        loss = self.adversarial[1](of_real.logits, of_fake.logits)
-        parts = {"d_gan": loss, "d_real": of_real.logits.mean(), "d_fake": of_fake.logits.mean()}
+        loss = self.shares.share * self.adversarial[1](of_real.logits, of_fake.logits)
+        means = {"d_real": of_real.logits.mean(), "d_fake": of_fake.logits.mean()}
+        parts = {"d_gan": loss, **{name: self.shares.share * mean for name, mean in means.items()}}
         if config.semantic_weight:
             parts["d_semantic"] = self.contrast(of_real.semantic, condition)
             loss = loss + config.semantic_weight * parts["d_semantic"]
@@ -361,7 +373,7 @@ class LAFITERecipe(GANRecipe):
         real = self.laid_out(batch["image"]).detach().requires_grad_()
         with autocast(self.config.precision, self.device):
             logits = self.model.discriminator(self.augmented(real), condition).logits
-        penalty = losses.r1(logits, real)
+        penalty = self.shares.share * losses.r1(logits, real)
         self.apply("discriminator", penalty * (self.config.r1_gamma * self.config.r1_every))
         return {"r1": penalty}
 
@@ -374,16 +386,20 @@ class LAFITERecipe(GANRecipe):
         generator = self.model.generator
         with autocast(self.config.precision, self.device):
             ws = self.mixed_ws(half)
-            images = generator.synthesis(ws, condition)
-        lengths = losses.path_lengths(images, ws, torch.randn_like(images))
-        self.path_mean = self.path_mean.lerp(lengths.detach().mean(), 0.01)
-        penalty = (lengths - self.path_mean).square().mean()
+            images = generator.synthesis(ws, condition, **self.grain)
+        lengths = losses.path_lengths(images, ws, self.shares.randn_like(images))
+        (mean,) = self.ranks.average([self.shares.share * lengths.detach().mean()])
+        self.path_mean = self.path_mean.lerp(mean, 0.01)
+        penalty = self.shares.share * (lengths - self.path_mean).square().mean()
         self.apply("generator", penalty * (self.config.path_weight * self.config.path_every))
         return {"path": self.path_mean}
 
     # their parts
 
     def noise(self, count: int) -> Noise:
+        return Noise(*map(self.shares.own, self.whole_noise(self.shares.whole(count))))
+
+    def whole_noise(self, count: int) -> Noise:
         config = self.config.model
         return draw_noise(count, config.embedding, form=config.noise, device=self.device)
 
@@ -415,14 +431,15 @@ class LAFITERecipe(GANRecipe):
         cut = rows
         if torch.rand(()).item() < self.config.style_mixing:
             cut = int(torch.randint(1, rows, ()).item())
-        first = generator.mapping(torch.randn(count, width, device=self.device))[:, None]
+        first = generator.mapping(self.shares.randn(count, width, device=self.device))[:, None]
         if cut == rows:
             return first.expand(-1, rows, -1)
-        second = generator.mapping(torch.randn(count, width, device=self.device))[:, None]
+        second = generator.mapping(self.shares.randn(count, width, device=self.device))[:, None]
         return torch.cat([first.expand(-1, cut, -1), second.expand(-1, rows - cut, -1)], 1)
 
     def draw_pictures(self, condition: Tensor) -> Tensor:
-        return self.laid_out(self.synthesis(self.mixed_ws(len(condition)), condition))
+        ws = self.mixed_ws(len(condition))
+        return self.laid_out(self.synthesis(ws, condition, **self.grain))
 
     def see(self, fake: Tensor) -> Tensor:
         """Embeddings [B, D] of a random square of drawn pictures, differentiable to them."""
@@ -438,12 +455,14 @@ class LAFITERecipe(GANRecipe):
             temperature=config.temperature,
             text_share=config.text_share,
             sharpened=config.contrast == "sharpened",
+            group=self.ranks.group,
         )
 
     def augmented(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, S, S] in [-1, 1] as the discriminator sees them, each changed anew."""
         if self.config.augment:
-            images = augment(images / 2 + 0.5, self.config.augment) * 2 - 1
+            drawn = self.shares.own(draw(self.shares.whole(len(images)), device=self.device))
+            images = augment(images / 2 + 0.5, self.config.augment, parameters=drawn) * 2 - 1
         return self.laid_out(images)
 
     def laid_out(self, images: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class MappingRecipe(Recipe):
         config: of the training.
         family: which.
         image, text: directories of the autoencoders.
-        data: "emoji", or a folder of captioned pictures.
+        data: "emoji", or a folder or tar shards of captioned pictures.
         device: auto, cpu or cuda.
         seed: of weights and of the order of codes.
         samples: captions in a sample grid.

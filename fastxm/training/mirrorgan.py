@@ -24,19 +24,20 @@ from torch import Tensor
 
 from fastxm import losses
 from fastxm.data import CaptionedImages
-from fastxm.data.transforms import augment
 from fastxm.data.vocabulary import Tokens, Vocabulary
 from fastxm.encoders.damsm import DAMSM
 from fastxm.encoders.frozen import fingerprint
 from fastxm.models.mirrorgan import Drawn, GLAMConfig, MirrorGAN, MirrorGANConfig
 from fastxm.models.pretrained import find_model
 from fastxm.models.stream import STREAM
+from fastxm.nn.outputs import at_least_float
 from fastxm.training import config as configs
 from fastxm.training.batches import Batch
 from fastxm.training.captions import concepts
 from fastxm.training.damsm import DAMSMRecipe, DAMSMTraining
 from fastxm.training.gan import GANRecipe, GANTraining, gradients
 from fastxm.training.precision import Precision, autocast, seed_all
+from fastxm.training.ranks import started
 from fastxm.training.recipe import Samples, State
 from fastxm.training.stages import Stage, train_stages
 from fastxm.training.stream import STREAMRecipe, STREAMTraining
@@ -88,6 +89,7 @@ class MirrorGANRecipe(GANRecipe):
     """
 
     system = "mirrorgan"
+    spans = True
     model: MirrorGAN
     unbound = ("loop", "device", "compile", "stages", "damsm", "stream")
     stages = Path()
@@ -139,7 +141,7 @@ class MirrorGANRecipe(GANRecipe):
         names = [name for name in self.players if name != "generator"]
         self.warm_up(names)
         text = self.text(batch)
-        noise = torch.randn(len(text[0]), self.model.noise_width, device=self.device)
+        noise = self.draw_noise(self.model.noise_width)
         with autocast(self.config.precision, self.device):
             drawn = self.generator(noise, *text)
         metrics = {}
@@ -168,7 +170,7 @@ class MirrorGANRecipe(GANRecipe):
     def judge_pictures(self, i: int, images: Tensor, *sentences: Tensor) -> list[Tensor]:
         """Logits of pictures of size number i: alone, and beside each of the sentences."""
         if self.config.augment:
-            images = augment(images, self.config.augment)
+            images = self.augment(images)
         images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.config.precision, self.device):
             return self.discriminators[i](images, *sentences)
@@ -177,15 +179,18 @@ class MirrorGANRecipe(GANRecipe):
         self, i: int, real: Tensor, fake: Tensor, sentence: Tensor, batch: Batch
     ) -> Tensor:
         """Of the discriminator of size number i."""
-        labels = self.labels[batch["index"]]
+        whole = partial(self.ranks.whole, total=self.config.batch_size)
+        labels = whole(self.labels[batch["index"]])
         # a batch draws a concept once, unless the data has fewer concepts than it has places
         other = labels != labels.roll(1)
-        alone, matched, mismatched = self.judge_pictures(i, real, sentence, sentence.roll(1, 0))
+        wrong_sentence = self.ranks.own(whole(sentence).roll(1, 0))
+        alone, matched, mismatched = self.judge_pictures(i, real, sentence, wrong_sentence)
         of_fake = self.judge_pictures(i, fake, sentence)
         right = losses.bce(alone, True) + losses.bce(matched, True)
         wrong = sum(losses.bce(logits, False) for logits in of_fake)
-        wrong = wrong + losses.bce(mismatched, False, where=other)
-        return right / 2 + wrong / 3
+        count = other.sum().clamp(min=1) * (self.share / self.ranks.size)  # share is of rows
+        wrong = wrong + losses.bce(mismatched, False, where=self.ranks.own(other), count=count)
+        return self.share * (right / 2 + wrong / 3)
 
     def generator_loss(
         self, drawn: Drawn, text: tuple[Tensor, ...], batch: Batch
@@ -195,8 +200,8 @@ class MirrorGANRecipe(GANRecipe):
         gan = torch.zeros((), device=self.device)
         for i, images in enumerate(drawn.images):
             logits = self.judge_pictures(i, images, text[1])
-            gan = gan + sum(losses.bce(logit, True) for logit in logits)
-        parts = {"gan": gan, "kl": losses.kl_normal(drawn.mean, drawn.log_var)}
+            gan = gan + self.share * sum(losses.bce(logit, True) for logit in logits)
+        parts = {"gan": gan, "kl": self.share * losses.kl_normal(drawn.mean, drawn.log_var)}
         loss = gan + config.kl_weight * parts["kl"]
         if config.stream_weight or config.damsm_weight:
             of_text = self.text_losses(drawn.images[-1], text, batch)
@@ -211,6 +216,7 @@ class MirrorGANRecipe(GANRecipe):
     ) -> dict[str, Tensor]:
         """How well the pictures tell their captions; of one look, where both see the same."""
         config, damsm, stream = self.config, self.model.damsm, self.model.stream
+        group = self.ranks.group
         parts = {}
         # a CPU's bfloat16 makes these networks, of convolutions channel by channel, slower
         precision: Precision = config.precision if self.device.type == "cuda" else "fp32"
@@ -220,12 +226,13 @@ class MirrorGANRecipe(GANRecipe):
                 regions, whole = damsm.look(images)
             seen = whole if same else stream.image_encoder(images)
         if config.stream_weight:
-            parts["stream"] = stream.loss(seen.float(), batch["tokens"], batch["lengths"])
+            told = batch["tokens"], batch["lengths"]
+            parts["stream"] = stream.loss(at_least_float(seen), *told, group=group)
         if config.damsm_weight:
             words, sentence, lengths = text
-            regions, image = damsm.project(regions.float(), whole.float())
-            labels = self.labels[batch["index"]]
-            found = losses.damsm_loss(regions, words, lengths, image, sentence, labels=labels)
+            regions, image = damsm.project(at_least_float(regions), at_least_float(whole))
+            given, labels = (regions, words, lengths, image, sentence), self.labels[batch["index"]]
+            found = losses.damsm_loss(*given, labels=labels, group=group)
             parts["word"], parts["sentence"] = found
         return parts
 
@@ -292,7 +299,8 @@ def train_mirrorgan(
 ) -> Run:
     """Trains MirrorGAN, and first the stages before it, each in a directory inside `out`.
 
-    A stage that was stopped goes on, one that has ended is used as it is.
+    A stage that was stopped goes on, one that has ended is used as it is. Of several processes each
+    calls this; they train every part together.
 
     Args:
         config: of the training.
@@ -313,15 +321,18 @@ def train_mirrorgan(
         is_fresh(out)
     for path in filter(None, (config.damsm, config.stream)):
         find_model(path)
-    left = []
-    for stage in stages_before(config, out):
-        if stage.ended(out):
-            tell(f"{stage.name}: {out / stage.name} has ended, and is used as it is")
-        else:
-            left.append(stage)
-    if not (out / "config.yaml").exists():
-        configs.write(out / "config.yaml", recipe.system, config)  # to resume from, in any stage
-    runs = train_stages(left, out, resume=True, tell=tell)
-    if runs and runs[-1].interrupted:
-        return runs[-1]
-    return train(recipe, out, config.loop, resume=resume)
+    before = stages_before(config, out)
+    left = [stage for stage in before if not stage.ended(out)]
+    with started(recipe.device) as ranks:
+        ranks.any(False)  # nothing is written before all have looked
+        if not ranks.first:
+            tell = lambda line: None  # noqa: E731
+        for stage in before:
+            if stage not in left:
+                tell(f"{stage.name}: {out / stage.name} has ended, and is used as it is")
+        if ranks.first and not (out / "config.yaml").exists():  # to resume from, in any stage
+            configs.write(out / "config.yaml", recipe.system, config)
+        runs = train_stages(left, out, resume=True, tell=tell)
+        if runs and runs[-1].interrupted:
+            return runs[-1]
+        return train(recipe, out, config.loop, resume=resume)

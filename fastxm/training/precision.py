@@ -11,6 +11,7 @@ import torch
 from torch.utils import deterministic
 
 from fastxm.ops.gemm import LEVEL
+from fastxm.training.ranks import launched, number
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -19,11 +20,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def pick_device(name: str) -> torch.device:
     """The device of a name; "auto" is the GPU where there is one.
 
+    Of several processes on a machine each takes the GPU of its number.
+
     Raises:
         ValueError: there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device(name)
     if not re.fullmatch(r"cuda(:\d+)?", name):
@@ -31,6 +34,10 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         raise ValueError("device is cuda, but this machine or this torch has no CUDA device")
+    if launched() > 1:
+        if name != "cuda":
+            raise ValueError(f"each of {launched()} processes takes its own GPU: no device {name}")
+        name = f"cuda:{number('LOCAL_RANK')}"
     device = torch.device(name)
     if (device.index or 0) >= count:
         raise ValueError(f"device is cuda:0 to cuda:{count - 1}, not {name}")

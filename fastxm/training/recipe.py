@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxm.training.config import plain
+from fastxm.training.ranks import Ranks
 
 State = dict[str, Any]
 
@@ -68,6 +69,10 @@ class Recipe(ABC):
     `build` fills `players` and `batches`. `step` takes one item of `batches` and returns scalar
     tensors, left on the device. `sample` draws from a generator of its own, so that looking at the
     pictures changes nothing. State beyond players and batches is added in `state_dict`.
+
+    One that `spans` processes takes its rows of each batch by `ranks`, which the loop sets before
+    `build`, and returns metrics whose average over ranks is that of the whole batch; `sample` and
+    `export` are the first rank's alone.
     """
 
     system: str
@@ -77,6 +82,8 @@ class Recipe(ABC):
     device: torch.device
     players: dict[str, Player]
     batches: Batches
+    ranks: Ranks = Ranks()
+    spans: bool = False
 
     @abstractmethod
     def build(self) -> None:

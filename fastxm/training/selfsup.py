@@ -12,6 +12,7 @@ from fastxm.models.selfsup import CrossModalAutoencoder
 from fastxm.training import config as configs
 from fastxm.training.image_autoencoder import ImageRecipe, ImageTraining
 from fastxm.training.mapping import MappingRecipe, MappingTraining
+from fastxm.training.ranks import alone
 from fastxm.training.stages import Stage, check, train_stages
 from fastxm.training.text_autoencoder import TextRecipe, TextTraining
 from fastxm.training.trainer import Run
@@ -25,7 +26,7 @@ class SelfSupTraining:
     image: ImageTraining = field(default_factory=ImageTraining)
     mapping: MappingTraining = field(default_factory=MappingTraining)
     data: str = "emoji"
-    """"emoji", or a folder of captioned pictures."""
+    """"emoji", or a folder or tar shards of captioned pictures."""
     device: str = "auto"
     """auto, cpu or cuda."""
     seed: int = 0
@@ -74,8 +75,9 @@ def train_selfsup(config: SelfSupTraining, out: Path, *, resume: bool = False) -
         the stages' runs, the last one interrupted if a signal came.
 
     Raises:
-        ValueError: as `train_stages`.
+        ValueError: as `train_stages`, or there are several processes.
     """
+    alone("selfsup")
     made = stages(config, out)
     check(made, out, resume=resume)
     configs.write(out / "config.yaml", "selfsup", config)

@@ -20,7 +20,7 @@ class STREAMTraining(CaptionTraining):
 
     model: STREAMConfig = field(default_factory=STREAMConfig)
     batch_size: int = 128
-    """Pairs in an update."""
+    """Pairs in an update, of all processes together."""
     lr: float = 1e-3
     """Adam's first step."""
 
@@ -29,6 +29,7 @@ class STREAMRecipe(CaptionRecipe):
     """STREAM as the loop sees it."""
 
     system = "stream"
+    spans = True
     model: STREAM
     config: STREAMTraining
 
@@ -45,7 +46,8 @@ class STREAMRecipe(CaptionRecipe):
     def losses(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
         tokens, lengths = batch["tokens"], batch["lengths"]
         # what was not told has to be seen in the picture
-        return {"loss": self.model.loss(features, tokens, lengths, given=batch.get("hidden"))}
+        given, group = batch.get("hidden"), self.ranks.group
+        return {"loss": self.model.loss(features, tokens, lengths, given=given, group=group)}
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:

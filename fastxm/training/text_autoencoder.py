@@ -54,7 +54,8 @@ class TextRecipe(Recipe):
 
     Args:
         config: of the training.
-        data: "emoji", or a folder of captioned pictures, of which the pictures are not read.
+        data: "emoji", or a folder or tar shards of captioned pictures,
+            of which the pictures are not read.
         device: auto, cpu or cuda.
         seed: of weights and the order of captions.
         image_size: of the pictures in whose cache the captions are.

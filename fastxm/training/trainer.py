@@ -1,7 +1,6 @@
 """The one loop: data -> step -> log, sample, checkpoint. It knows no model."""
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from fastxm.ops.memory import keep_freed_memory
 from fastxm.training import checkpoint
 from fastxm.training import config as configs
 from fastxm.training.logging import RunLog
+from fastxm.training.ranks import Ranks, alone, started
 from fastxm.training.recipe import Recipe
 
 
@@ -89,6 +89,12 @@ class Progress:
             self.counts[name] = self.counts.get(name, 0) + 1
         self.counted += 1
 
+    def average(self, among: Ranks) -> None:
+        """Makes the sums those of the whole batch; averaged again they stay the same."""
+        if self.sums and among.size > 1:
+            (values,) = among.average([torch.stack(list(self.sums.values()))])
+            self.sums = dict(zip(self.sums, values.unbind()))
+
     def means(self) -> dict[str, float]:
         """The means since the last call to `clear`; the one place that waits for the device."""
         if not self.sums:
@@ -103,7 +109,8 @@ class Progress:
 def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) -> Run:
     """Trains a recipe until `loop` says stop, and exports its model to `out`/model.
 
-    On a CPU the process keeps from then on the memory that it frees (glibc's malloc).
+    On a CPU the process keeps from then on the memory that it frees (glibc's malloc). Of several
+    processes (`ranks`) each calls this: the first alone writes, and they stop together.
 
     Args:
         recipe: the system; built here.
@@ -113,11 +120,11 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
 
     Raises:
         ValueError: `out` holds a run and `resume` is false, the checkpoint is another system's, or
-            this is one of several processes.
+            there are several processes, which the recipe does not span.
         NonFiniteLoss: training diverged.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ValueError("fastxm train runs on one device: start it without torchrun")
+    if not recipe.spans:
+        alone(recipe.system)
     if not resume:
         is_fresh(out)
     kept = checkpoint.steps(out / "checkpoints")
@@ -126,20 +133,47 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
         checkpoint.check(last, recipe.identity())
     if recipe.device.type == "cpu":
         keep_freed_memory()
+    with started(recipe.device) as recipe.ranks:
+        progress = begin(recipe, last)
+        if not loop.deterministic:  # which building made a GPU's algorithms
+            torch.use_deterministic_algorithms(False)
+        with open_log(recipe, out, progress.step) as log, stop_signals() as stopped:
+            run = Loop(recipe, out, loop, log, progress)
+            while not recipe.ranks.any(run.finished() or bool(stopped)):
+                run.step()
+            return run.close(recipe.ranks.any(bool(stopped)))
+
+
+def begin(recipe: Recipe, last: Path | None) -> Progress:
+    """Builds a recipe and puts it where the last checkpoint left it; the same on all ranks."""
+    among, name = recipe.ranks, last.name if last else "no checkpoint"
+    if among.any(among.of_first(name) != name):
+        raise ValueError(f"processes of one training share its directory; this one sees {name}")
     recipe.build()
-    if not loop.deterministic:  # which building made a GPU's algorithms
-        torch.use_deterministic_algorithms(False)
     if last:
         progress = restore(recipe, last)
     else:
         recipe.begin()
         progress = Progress()
+    among.copy_first(list(checkpoint.tensors(recipe.state_dict())))
+    if among.size > 1:
+        state = checkpoint.random_state()
+        if recipe.device.type == "cuda":  # each has a GPU of its own
+            state["cuda"] = [torch.cuda.get_rng_state(recipe.device)]
+        state = among.of_first(state)
+        state["cuda"] *= torch.cuda.device_count()
+        checkpoint.set_random_state(state)
+    return progress
+
+
+def open_log(
+    recipe: Recipe, out: Path, step: int
+) -> contextlib.AbstractContextManager[RunLog | None]:
+    """The run's files, which the first rank writes."""
+    if not recipe.ranks.first:
+        return contextlib.nullcontext()
     configs.write(out / "config.yaml", recipe.system, recipe.config)
-    with RunLog(out, progress.step) as log, stop_signals() as stopped:
-        run = Loop(recipe, out, loop, log, progress)
-        while not run.finished() and not stopped:
-            run.step()
-        return run.close(bool(stopped))
+    return RunLog(out, step)
 
 
 def is_fresh(out: Path) -> None:
@@ -151,9 +185,11 @@ def is_fresh(out: Path) -> None:
 
 
 class Loop:
-    """One run in motion."""
+    """One run in motion; without a log, a rank that writes nothing."""
 
-    def __init__(self, recipe: Recipe, out: Path, loop: LoopConfig, log: RunLog, at: Progress):
+    def __init__(
+        self, recipe: Recipe, out: Path, loop: LoopConfig, log: RunLog | None, at: Progress
+    ):
         self.recipe, self.out, self.loop, self.log, self.at = recipe, out, loop, log, at
         self.batches = iter(recipe.batches)
         self.saved_at = at.step
@@ -175,7 +211,8 @@ class Loop:
         done = step / self.loop.steps
         if self.loop.max_minutes is not None:
             done = max(done, self.at.seconds / (60 * self.loop.max_minutes))
-        self.log.advance(step, min(done, 1.0))
+        if self.log:
+            self.log.advance(step, min(done, 1.0))
         if step % self.loop.log_every == 0:
             self.write_metrics()
         if step % self.loop.sample_every == 0:
@@ -188,11 +225,13 @@ class Loop:
         step, (since, then), now = self.at.step, self.marked, time.perf_counter()
         speed = (step - since) * self.recipe.images_per_step / (now - then)
         self.at.seconds = now - self.began
-        self.log.metrics(step, means, speed, self.at.seconds)
+        if self.log:
+            self.log.metrics(step, means, speed, self.at.seconds)
         self.marked = (step, now)
         self.at.clear()
 
     def checked_means(self) -> dict[str, float]:
+        self.at.average(self.recipe.ranks)
         means = self.at.means()
         bad = [
             f"{name} = {value}" for name, value in means.items() if not abs(value) < float("inf")
@@ -208,7 +247,7 @@ class Loop:
         raise NonFiniteLoss(f"training diverged: {what}; {where}")
 
     def draw(self) -> None:
-        if self.grid_at == self.at.step:
+        if self.log is None or self.grid_at == self.at.step:
             return
         samples = self.recipe.sample()
         if samples is not None:
@@ -222,6 +261,9 @@ class Loop:
         recipe = self.recipe.state_dict()
         if not checkpoint.finite(recipe):
             self.diverged(f"a weight is not finite after step {self.at.step}")
+        self.saved_at = self.at.step
+        if self.log is None:
+            return
         self.log.sync()
         state = {
             "recipe": recipe,
@@ -233,15 +275,15 @@ class Loop:
         }
         folder, keep = self.out / "checkpoints", self.loop.keep_checkpoints
         checkpoint.save(folder, self.at.step, self.recipe.identity(), state, keep)
-        self.saved_at = self.at.step
 
     def close(self, interrupted: bool) -> Run:
         if self.at.step > self.saved_at:
             self.save()
         self.draw()
-        model = self.out / "model"
-        self.recipe.export(model)
-        at = self.at
+        at, model = self.at, self.out / "model"
+        if self.log:
+            self.recipe.export(model)
+        self.recipe.ranks.any(False)  # all leave when the model is there
         return Run(self.out, at.step, at.seconds, self.grid, model, interrupted)
 
 

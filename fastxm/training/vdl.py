@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxm.models.vdl import VDL, VDLConfig
+from fastxm.nn.directions import Noise
 from fastxm.ops import info_nce
 from fastxm.training import checkpoint
 from fastxm.training.batches import Batch, place
@@ -63,7 +64,7 @@ class VDLTraining(LAFITETraining):
     """Of telling known texts apart by samples of q and of p: InfoNCE at the encoder's
     temperature."""
     supervision_batch: int = 256
-    """Pictures with captions that posterior and prior learn from in a step."""
+    """Pictures with captions that posterior and prior learn from in a step, of all processes."""
     prior_share: float = 0.5
     """Share of the pictures in stage 2b whose text is drawn from p."""
     drop_image: float = 0.3
@@ -130,6 +131,8 @@ class VDLRecipe(LAFITERecipe):
         self.done = self.config.adversarial_steps
 
     def open_data(self) -> JointData:
+        if self.config.label_fraction:
+            self.ranks.check(self.config.supervision_batch, "supervision_batch")
         data, c = super().open_data(), self.config.model
         if c.evidence == "encoder" and data.encoder.evidence_width != c.evidence_width:
             raise ValueError(
@@ -174,7 +177,8 @@ class VDLRecipe(LAFITERecipe):
             fake = self.draw_pictures(self.condition(batch, text))
         seen = self.see(fake)
         drawn = 1 - (seen * batch["embedding"]).sum(1)
-        parts = {"q_picture": drawn.mean(), "q_text": self.contrast(seen, text)}
+        lost = self.shares.share * drawn.mean()
+        parts = {"q_picture": lost, "q_text": self.contrast(seen, text)}
         loss = self.config.reconstruction_weight * parts["q_picture"]
         return loss + self.config.alignment_weight * parts["q_text"], parts
 
@@ -210,8 +214,9 @@ class VDLRecipe(LAFITERecipe):
         p = self.model.prior(batch["centre"])
         kl = q.kl(p)
         counts = (~batch["labelled"]).to(kl.dtype)
-        counts = torch.where(counts.any(), counts, 1.0)  # of all, where none is without a caption
-        mean = (kl * counts).sum() / counts.sum()
+        some, every = self.ranks.average([counts.sum(), torch.ones_like(counts).sum()])
+        found = some > 0  # of all, where none is without a caption
+        mean = (kl * torch.where(found, counts, 1.0)).sum() / torch.where(found, some, every)
         beta = config.kl_weight * self.multiplier
         if config.kl_warmup:
             beta *= min(1.0, progress / config.kl_warmup)
@@ -221,25 +226,25 @@ class VDLRecipe(LAFITERecipe):
             supervision, more = self.supervision()
             loss, metrics = loss + supervision, metrics | more
         if config.kl_target:
-            self.hold(mean.item())
+            self.hold(self.ranks.average([mean.detach()])[0].item())
         return loss, metrics
 
     def supervision(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What posterior and prior lose on known texts, and its parts."""
         config = self.config
         pairs = self.batches.embeddings.pairs(config.supervision_batch)
-        known = {name: place(rows, self.device) for name, rows in pairs.items()}
-        text, noise = known["text"], self.noise(config.supervision_batch)
+        known = {name: place(self.ranks.own(rows), self.device) for name, rows in pairs.items()}
+        noise = Noise(*map(self.ranks.own, self.whole_noise(config.supervision_batch)))
+        text, share = known["text"], self.ranks.share(config.supervision_batch)
         loss, parts = text.new_zeros(()), {}
         of_both = {"q": self.posterior(known), "p": self.model.prior(known["centre"])}
         for name, found in of_both.items():
-            parts[f"log_{name}"] = found.log_density(text).mean()
+            parts[f"log_{name}"] = share * found.log_density(text).mean()
             loss = loss - config.supervision_weight * parts[f"log_{name}"] / text.shape[1]
             if config.ranking_weight:
                 sample = found.sample(noise)
-                rank = info_nce(
-                    sample, text, self.logit_scale, labels=known["index"], symmetric=False
-                )
+                options = {"labels": known["index"], "group": self.ranks.group}
+                rank = info_nce(sample, text, self.logit_scale, symmetric=False, **options)
                 parts[f"rank_{name}"] = rank
                 loss = loss + config.ranking_weight * rank
         return loss, parts
@@ -262,14 +267,14 @@ class VDLRecipe(LAFITERecipe):
         own = self.posterior(batch).sample(noise)
         with torch.no_grad():
             common = self.model.prior(batch["centre"]).sample(noise)
-        chosen = torch.rand(len(own), 1, device=self.device) < self.config.prior_share
+        chosen = self.shares.rand(len(own), 1, device=self.device) < self.config.prior_share
         return self.with_captions(batch, torch.where(chosen, common, own), noise)
 
     def condition(self, batch: Batch, text: Tensor) -> Tensor:
         image = batch["embedding"]
         if self.config.model.conditioning == "text":
             return self.model.condition(text)
-        kept = torch.rand(len(image), 1, device=self.device) >= self.config.drop_image
+        kept = self.shares.rand(len(image), 1, device=self.device) >= self.config.drop_image
         return self.model.condition(text, image * kept)
 
     def state_dict(self) -> State:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastxm import losses
 from fastxm.data import text_features
-from fastxm.data.transforms import augment
 from fastxm.encoders import image_encoder, text_encoder
 from fastxm.encoders.frozen import FrozenImages
 from fastxm.models.xmcgan import XMCGAN, DiscriminatorOutput, XMCGANConfig
@@ -62,6 +61,7 @@ class XMCGANRecipe(GANRecipe):
     """
 
     system = "xmcgan"
+    spans = True
 
     def __init__(self, config: XMCGANTraining):
         super().__init__(config)
@@ -155,7 +155,7 @@ class XMCGANRecipe(GANRecipe):
         return {name: value.detach() for name, value in metrics.items()}
 
     def generate(self, batch: Batch, *, update_stats: bool) -> Tensor:
-        z = torch.randn(len(batch["image"]), self.config.model.z_dim, device=self.device)
+        z = self.draw_noise(self.config.model.z_dim)
         with autocast(self.config.precision, self.device):
             return self.generator(z, *self.text(batch), update_stats=update_stats)
 
@@ -165,7 +165,7 @@ class XMCGANRecipe(GANRecipe):
         """What the discriminator makes of real pictures, and of drawn ones (`of` another batch)."""
         groups = [batch["image"], fake]
         if self.config.augment:
-            groups = [augment(images, self.config.augment) for images in groups]
+            groups = [self.augment(images) for images in groups]
         groups = [images.contiguous(memory_format=torch.channels_last) for images in groups]
         with autocast(self.config.precision, self.device):
             return self.discriminator(groups, [batch["sentence"], (of or batch)["sentence"]])
@@ -173,9 +173,10 @@ class XMCGANRecipe(GANRecipe):
     def discriminator_loss(
         self, real: DiscriminatorOutput, fake: DiscriminatorOutput, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        gan = losses.hinge_d(real.logits, fake.logits)
+        gan = self.share * losses.hinge_d(real.logits, fake.logits)
         parts = {"d_gan": gan, **self.text_losses(real, batch, "d")}
-        means = {"d_real": real.logits.mean(), "d_fake": fake.logits.mean()}
+        judged = {"d_real": real, "d_fake": fake}
+        means = {name: self.share * of.logits.mean() for name, of in judged.items()}
         return gan + self.weighted(parts, "d"), {**parts, **means}
 
     def generator_loss(
@@ -185,12 +186,12 @@ class XMCGANRecipe(GANRecipe):
         batch: Batch,
         fake: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        gan = losses.hinge_g(of_fake.logits)
+        gan = self.share * losses.hinge_g(of_fake.logits)
         parts = {"g_gan": gan, **self.text_losses(of_fake, batch, "g")}
         if self.config.image_weight:
-            parts["g_image"] = losses.nce(of_fake.pooled, of_real.pooled)
+            parts["g_image"] = self.nce(of_fake.pooled, of_real.pooled)
         if self.features is not None:
-            parts["g_pretrained"] = losses.nce(*self.pretrained_logits(fake, batch["image"]))
+            parts["g_pretrained"] = self.nce(*self.pretrained_logits(fake, batch["image"]))
         return gan + self.weighted(parts, "g"), parts
 
     def text_losses(
@@ -199,11 +200,14 @@ class XMCGANRecipe(GANRecipe):
         """How well pictures and texts find each other."""
         parts = {}
         if self.config.word_weight:
-            word = losses.region_word_loss(judged.regions, batch["words"], batch["lengths"])
-            parts[f"{player}_word"] = word
+            text, group = (batch["words"], batch["lengths"]), self.ranks.group
+            parts[f"{player}_word"] = losses.region_word_loss(judged.regions, *text, group=group)
         if self.config.sentence_weight:
-            parts[f"{player}_sentence"] = losses.nce(judged.pooled, judged.sentence)
+            parts[f"{player}_sentence"] = self.nce(judged.pooled, judged.sentence)
         return parts
+
+    def nce(self, a: Tensor, b: Tensor) -> Tensor:
+        return losses.nce(a, b, group=self.ranks.group)
 
     def weighted(self, parts: dict[str, Tensor], player: str) -> Tensor:
         names = ("word", "sentence", "image", "pretrained")

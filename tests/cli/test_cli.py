@@ -136,7 +136,7 @@ def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
     assert asked[-1][1]["options"] == {"styles": ("twemoji",)}
     assert json.loads(out.read_text())["of"]["styles"] == ["twemoji"]
     capsys.readouterr()
-    assert "here is a folder" in refused(capsys, "evaluate", *flags, *styles)
+    assert "which here is not" in refused(capsys, "evaluate", *flags, *styles)
     missing = str(tmp_path / "absent")
     assert "no model in" in refused(capsys, "evaluate", *flags, "--dual-encoder", missing)
 

@@ -50,6 +50,35 @@ def test_draws_follow_the_weights():
     assert (abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / n)).all()
 
 
+@pytest.mark.parametrize("many", [4, 5])
+def test_two_are_drawn_without_replacement_by_weight(monkeypatch, many):
+    """P(i, then j) = w_i w_j / (1 - w_i), whether or not each group is looked at."""
+    monkeypatch.setattr("fastxm.data.sampler.MANY", many)
+    if many == 4:
+        monkeypatch.delattr(torch, "multinomial")
+    weights = np.array([5, 4, 4, 4, 3])
+    w, n = weights / weights.sum(), 20_000
+    sampler = BatchSampler(dataset(weights, range(5)), 2, seed=5)
+    drawn = torch.stack([next(sampler)[0] for _ in range(n)]).numpy()
+    frequency = np.zeros((5, 5))
+    np.add.at(frequency, tuple(drawn.T), 1 / n)
+    expected = np.outer(w, w) / (1 - w)[:, None]
+    np.fill_diagonal(expected, 0)
+    assert (abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / n)).all()
+
+
+def test_more_groups_than_multinomial_takes():
+    count = 2**24 + 1
+    sampler = object.__new__(BatchSampler)
+    sampler.group_weights = torch.ones(count, dtype=torch.float64)
+    sampler.group_ends = torch.arange(1, count + 1, dtype=torch.float64)
+    sampler.heaviest, sampler.generator = 1.0, torch.Generator().manual_seed(0)
+    drawn = sampler.draw_distinct(4096)
+    assert len(drawn.unique()) == 4096
+    assert 0 <= drawn.min() < count / 8
+    assert count * 7 / 8 < drawn.max() < count
+
+
 def test_caption_numbers_are_even():
     sampler = BatchSampler(dataset(np.ones(40), range(40), captions=4), 20)
     numbers = torch.cat([next(sampler)[1] for _ in range(500)])

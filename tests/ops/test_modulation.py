@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from check import gradient, no_worse
+from formulas import modulation_formula as formula
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastxm.ops import backend, modulation
@@ -24,18 +25,6 @@ NORMS = ["batch", "instance", "layer", "none"]
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
           (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
           (torch.float32, torch.bfloat16)]  # fmt: skip
-
-
-def formula(x, gamma, beta, norm="batch", activation="relu"):
-    if norm == "batch":
-        xhat = F.batch_norm(x, None, None, training=True)
-    elif norm == "instance":
-        xhat = F.group_norm(x, x.shape[1])
-    else:
-        xhat = F.group_norm(x, 1) if norm == "layer" else x
-    size = x.shape[2:]
-    z = xhat * (1 + F.interpolate(gamma, size)) + F.interpolate(beta, size)
-    return F.relu(z) if activation == "relu" else z
 
 
 def inputs(shape, device="cpu", dtype=torch.float32, maps=torch.float32, last=False):

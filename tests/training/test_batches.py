@@ -1,8 +1,10 @@
 """Batches hold the pictures and features of the same captions, and take up where they stopped."""
 
 import dataclasses
+import threading
 
 import numpy as np
+import pytest
 import torch
 from small import Letters
 
@@ -48,6 +50,75 @@ def test_the_position_is_taken_up(folder):
     again.load_state_dict(state)
     found = [batch["index"] for batch, _ in zip(again, range(3))]
     assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def equal(one, two) -> bool:
+    return one.keys() == two.keys() and all(
+        torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name]
+        for name, value in one.items()
+    )
+
+
+def taken(batches, count: int) -> list:
+    return [batch for _, batch in zip(range(count), batches)]
+
+
+def test_what_is_read_ahead_is_what_would_have_been_read(folder):
+    found = []
+    for ahead in (0, 1, 3):
+        torch.manual_seed(0)  # of the flips
+        found.append(taken(opened(folder, seed=3, flip=True, ahead=ahead), 6))
+    assert all(equal(a, b) and equal(a, c) for a, b, c in zip(*found))
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_the_position_is_of_what_was_handed_out(folder, ahead):
+    expected = taken(opened(folder, seed=3), 6)
+    batches = opened(folder, seed=3, ahead=ahead)
+    stream = iter(batches)
+    for _ in range(2):
+        next(stream)
+    state = batches.state_dict()
+    assert state["batches"] == 2
+    assert equal(next(stream), expected[2])  # the state is no view of what moves on
+    again = opened(folder, seed=4, ahead=ahead)
+    again.load_state_dict(state)
+    assert all(map(equal, taken(again, 4), expected[2:]))
+    stream.close()  # what it had read beyond is not lost to the next
+    assert all(map(equal, taken(batches, 3), expected[3:]))
+
+
+def test_a_fault_in_reading_is_raised_where_the_batch_is_taken(folder):
+    batches = opened(folder, ahead=2)
+    read, calls = batches.read, []
+
+    def fail(indices, numbers):
+        calls.append(indices)
+        if len(calls) == 2:
+            raise OSError("the disk is gone")
+        return read(indices, numbers)
+
+    batches.read = fail
+    stream = iter(batches)
+    next(stream)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+    assert batches.state_dict()["batches"] <= 2
+
+
+def test_batches_are_read_while_others_are_learnt_from(folder):
+    batches = opened(folder, ahead=3)
+    read, started = batches.read, threading.Semaphore(0)
+
+    def noted(indices, numbers):
+        started.release()
+        return read(indices, numbers)
+
+    batches.read = noted
+    stream = iter(batches)
+    next(stream)
+    for _ in range(4):  # the one that was handed out, and three more
+        assert started.acquire(timeout=30)
 
 
 def test_parts_are_consecutive_and_whole(folder):

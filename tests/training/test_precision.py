@@ -43,6 +43,19 @@ def test_devices(monkeypatch):
         precision.pick_device("cuda:2")
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert [str(precision.pick_device(name)) for name in ("auto", "cuda")] == ["cuda:1"] * 2
+    with pytest.raises(ValueError, match="each of 4 processes takes its own GPU: no device cuda:0"):
+        precision.pick_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="device is cuda:0 to cuda:1, not cuda:2"):
+        precision.pick_device("auto")
+
+
 def test_a_run_remembers_what_was_picked(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "LEVEL", "bfloat16")
     ours = recipe(folder, precision="auto")

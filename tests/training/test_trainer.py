@@ -39,7 +39,7 @@ def test_a_run_leaves_what_it_says(tmp_path):
 
 def test_one_of_many_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
-    with pytest.raises(ValueError, match="runs on one device"):
+    with pytest.raises(ValueError, match="toy trains in one process"):
         train(Toy(), tmp_path / "run", LOOP)
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,5 @@
+import sys
+
+from fastxm.cli import main
+
+sys.exit(main())
