@@ -20,9 +20,10 @@ def epilogue(
     if sum(term.parts for term in f.terms) > PARTS or any(t.degree > DEGREE for t in f.terms):
         return plain(f, rows, columns, own, mirrored, room)
     n, m = len(rows.z), len(columns.z)
-    products, weights = room.tile(n, m)
+    products = room.products(n, m)
     gemm.multiply(rows.z, columns.z.T, products)
-    w, wide = weights if wanted(rows, columns) else None, products.dtype == torch.float64
+    w = room.weights(n, m) if wanted(rows, columns) else None
+    wide = products.dtype == torch.float64
     strips, chunks = _C.mmd_parts_cuda(wide, n, m)
     of_rows = products.new_empty(2, strips, n)  # potentials, slopes
     of_columns = products.new_empty(2, chunks, m)

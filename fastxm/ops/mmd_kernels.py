@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops.mmd_pairs import KINDS, Term, distances, value
-from fastxm.ops.mmd_parameters import Values, mixed, positive, vector
+from fastxm.ops.mmd_parameters import Values, halving, mixed, positive, vector
 
 
 class Kernel:
@@ -78,6 +78,10 @@ class RBF(Kernel):
 
     def parameters(self, x: Tensor) -> Tensor:
         return mixed(0.5 / vector(self.bandwidths, x).square(), self.weights)
+
+    def term(self, parts: int) -> Term:
+        ladder = self.kind == "rbf" and halving(self.bandwidths)
+        return super().term(parts)._replace(degree=4 if ladder else 1)
 
 
 @dataclass(frozen=True, eq=False)

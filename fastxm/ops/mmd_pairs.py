@@ -56,11 +56,11 @@ KINDS = ("rbf", "rational_quadratic", "laplace", "energy", "polynomial")  # as c
 
 
 class Term(NamedTuple):
-    """One kernel of a sum: an index of KINDS, a polynomial's degree, and K, its parts."""
+    """One kernel of a sum."""
 
-    kind: int
-    degree: int
-    parts: int
+    kind: int  # an index of KINDS
+    degree: int  # of a polynomial; 4 of Gaussians of which each is the next wider one's 4th power
+    parts: int  # K
 
     @property
     def radial(self) -> bool:

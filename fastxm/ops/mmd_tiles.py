@@ -56,7 +56,7 @@ def visit(
     if y.panels is not None:
         whole(function, x, y, "dropped" if drop else "same" if triangle else "plain")
         return x.potential, y.potential
-    room = Room.of(x, y, tile)
+    room = Room(x, y, tile)
     for i in range(0, N, tile):
         rows = x.part(i, tile)
         for j in range(i if triangle else 0, M, tile):
@@ -82,9 +82,9 @@ def native(
 ) -> Tensor | None:
     """A tile by C++, which makes the products too where it has a kernel for them."""
     n, m = len(rows.z), len(columns.z)
-    products, weights = room.tile(n, m)
+    products = room.products(n, m)
     torch.mm(rows.z, columns.z.T, out=products)
-    w = weights if wanted(rows, columns) else None
+    w = room.weights(n, m) if wanted(rows, columns) else None
     sums = (rows.potential, rows.slopes, columns.potential, columns.slopes)
     squared = (None if f.square is None else columns.scale, f.square, f.squares)
     numbers = numbers_of(rows, columns, own, products, w, sums, mirrored, f.derivatives, squared)
@@ -96,7 +96,8 @@ def plain(
     f: Function, rows: Rows, columns: Rows, own: str, mirrored: bool, room: Room
 ) -> Tensor | None:
     """A tile in PyTorch, on any device."""
-    products, weights = room.tile(len(rows.z), len(columns.z))
+    n, m = len(rows.z), len(columns.z)
+    products = room.products(n, m)
     gemm.multiply(rows.z, columns.z.T, products)
     s = products
     if f.radial:
@@ -116,7 +117,7 @@ def plain(
     if not wanted(rows, columns):
         return None
     w = rows.scale[:, None] * columns.weight * (slope(f.terms, s, f.parameters) * differ)
-    weights.copy_(w)
+    weights = room.weights(n, m).copy_(w)
     rows.slopes += weights.sum(1, dtype=rows.slopes.dtype)
     if mirrored:
         columns.slopes += weights.sum(0, dtype=rows.slopes.dtype)
