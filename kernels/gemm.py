@@ -2,6 +2,8 @@
 sum over; and what kernels that begin with a product share: tiles, and how they are chosen.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -112,6 +114,7 @@ def tuned(kernel: triton.JITFunction, *keys: str) -> triton.runtime.Autotuner:
     return triton.autotune(
         CONFIGS, ["tuned_for", "PRECISION", *keys],
         prune_configs_by={"early_config_prune": _fitting}, cache_results=True,
+        do_bench=partial(triton.testing.do_bench, warmup=5, rep=20),
     )(kernel)  # fmt: skip
 
 
