@@ -6,8 +6,8 @@ from torch import Tensor
 from fastxm import _C
 from fastxm.ops import gemm
 from fastxm.ops.mmd_native import numbers_of
-from fastxm.ops.mmd_rows import Function, Room, Rows
-from fastxm.ops.mmd_tiles import plain, wanted
+from fastxm.ops.mmd_rows import Function, Rows
+from fastxm.ops.mmd_tiles import Room, plain, wanted
 
 TILE = 8192  # rows, so that the work of a tile outlasts its launches
 PARTS, DEGREE = 64, 255  # of a kernel: what the kernels have room for

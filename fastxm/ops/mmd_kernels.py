@@ -80,8 +80,7 @@ class RBF(Kernel):
         return mixed(0.5 / vector(self.bandwidths, x).square(), self.weights)
 
     def term(self, parts: int) -> Term:
-        ladder = self.kind == "rbf" and halving(self.bandwidths)
-        return super().term(parts)._replace(degree=4 if ladder else 1)
+        return super().term(parts)._replace(degree=4 if halving(self.bandwidths) else 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +110,7 @@ class RationalQuadratic(Kernel):
 
 @dataclass(frozen=True, eq=False)
 class Energy(Kernel):
-    """-weight |x - y|; mmd2 is the energy distance 2 E|x - y| - E|x - x'| - E|y - y'|.
-
-    The textbook kernel |x| + |y| - |x - y| gives the same mmd2: its norms cancel.
-    """
+    """-weight |x - y|; mmd2 is the energy distance: norms of |x| + |y| - |x - y| would cancel."""
 
     weight: float | Tensor = 1.0
     kind: ClassVar[str] = "energy"

@@ -59,7 +59,7 @@ class Term(NamedTuple):
     """One kernel of a sum."""
 
     kind: int  # an index of KINDS
-    degree: int  # of a polynomial; 4 of Gaussians of which each is the next wider one's 4th power
+    degree: int  # of a polynomial; 4 where bandwidths halve: Gaussians are 4th powers of wider ones
     parts: int  # K
 
     @property

@@ -1,4 +1,4 @@
-"""What a visit of tiles reads and adds to: the kernel, the rows of a sample, room for a tile."""
+"""What a visit of tiles reads and adds to: the kernel, the rows of a sample."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -92,29 +92,6 @@ class Rows:
         return Rows(self.z[some], None, self.norms[some], self.weight[some], self.scale[some],
                     self.potential[some], self.slopes[some], self.other[some],
                     gradient)  # fmt: skip
-
-
-class Room:
-    """Places for the products and for the weights of any tile, made when first asked for."""
-
-    def __init__(self, x: Rows, y: Rows, tile: int):
-        self.size, self.like = min(tile, len(x.z)) * min(tile, len(y.z)), x
-
-    def products(self, n: int, m: int) -> Tensor:
-        return self._wide[: n * m].view(n, m)
-
-    def weights(self, n: int, m: int) -> Tensor:
-        # weights of halves are halves, and the products of float32 are done with
-        wide = self.like.other.dtype == self.like.weight.dtype
-        return (self._wide if wide else self._half)[: n * m].view(n, m)
-
-    @cached_property
-    def _wide(self) -> Tensor:
-        return self.like.weight.new_empty(self.size)
-
-    @cached_property
-    def _half(self) -> Tensor:
-        return self.like.other.new_empty(self.size)
 
 
 def samples(

@@ -10,6 +10,7 @@ once for (i, j) and (j, i). Precision: see docs/mmd.md.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +19,31 @@ from fastxm import _C
 from fastxm.ops import dispatch, gemm
 from fastxm.ops.mmd_native import numbers_of, whole
 from fastxm.ops.mmd_pairs import by_parameters, off_diagonal, slope, value
-from fastxm.ops.mmd_rows import Function, Room, Rows
+from fastxm.ops.mmd_rows import Function, Rows
+
+
+class Room:
+    """Places for the products and for the weights of any tile, made when first asked for."""
+
+    def __init__(self, x: Rows, y: Rows, tile: int):
+        self.size, self.like = min(tile, len(x.z)) * min(tile, len(y.z)), x
+
+    def products(self, n: int, m: int) -> Tensor:
+        return self._wide[: n * m].view(n, m)
+
+    def weights(self, n: int, m: int) -> Tensor:
+        # weights of halves are halves, and the products of float32 are done with
+        wide = self.like.other.dtype == self.like.weight.dtype
+        return (self._wide if wide else self._half)[: n * m].view(n, m)
+
+    @cached_property
+    def _wide(self) -> Tensor:
+        return self.like.weight.new_empty(self.size)
+
+    @cached_property
+    def _half(self) -> Tensor:
+        return self.like.other.new_empty(self.size)
+
 
 # of a function, rows, columns, what pairs i = j are, whether columns get their sums too, and a
 # place for weights: w [n, m], or None where no gradient is wanted

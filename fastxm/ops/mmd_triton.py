@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastxm.ops.mmd_native import DIAGONALS
 from fastxm.ops.mmd_pairs import Term
-from fastxm.ops.mmd_rows import Function, Room, Rows
-from fastxm.ops.mmd_tiles import plain, wanted
+from fastxm.ops.mmd_rows import Function, Rows
+from fastxm.ops.mmd_tiles import Room, plain, wanted
 
 TILE = 8192  # rows: offsets within a tile stay within 32 bits
 PRECISIONS = {"float32": "ieee", "tf32": "tf32", "tf32x3": "tf32x3", "bfloat16": "ieee"}
@@ -39,5 +39,5 @@ def fused(
 
 def _parts(term: Term) -> list[tuple[int, int]]:
     # a power of a power would take the rounding of an exponential times 16
-    powers = [not term.radial or q % 2 == 1 for q in range(term.parts)]
-    return [(term.kind, term.degree if power else 1) for power in powers]
+    degrees = [term.degree, term.degree] if not term.radial else [1, term.degree]
+    return [(term.kind, degrees[q % 2]) for q in range(term.parts)]
