@@ -2,6 +2,8 @@
 sum over; and what kernels that begin with a product share: tiles, and how they are chosen.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -88,6 +90,7 @@ CANDIDATES = [
     _config(128, 64, 32, 8, 3),
     _config(64, 64, 32, 4, 3),
 ]
+WIDE = _config(128, 256, 64, 8, 3)  # of halves on Hopper: leaves no room for what follows a product
 CONFIGS = [_config(64, 64, 64, 4, 1)] if knobs.runtime.interpret else CANDIDATES
 
 
@@ -96,6 +99,8 @@ def _fits(config: triton.Config, itemsize: int, arch: int) -> bool:
     # registers in three parts: room for fewer sums a thread, beside what follows a product; tiles
     # of four warps spill on sm_100
     tile = config.kwargs
+    if config is WIDE:
+        return itemsize == 2 and arch == 90
     held = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * config.num_warps)
     room = held <= 128 // itemsize and (arch < 100 or config.num_warps == 8)
     return room and tile["BLOCK_D"] * itemsize == 128
@@ -107,15 +112,17 @@ def _fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.
     return [c for c in configs if _fits(c, b.element_size(), 10 * major + minor)]
 
 
-def tuned(kernel: triton.JITFunction, *keys: str) -> triton.runtime.Autotuner:
+def tuned(kernel: triton.JITFunction, *keys: str, wide: bool = False) -> triton.runtime.Autotuner:
     # what the tiles are chosen by, beside dtypes; choices are kept on disk
     return triton.autotune(
-        CONFIGS, ["tuned_for", "PRECISION", *keys],
+        [*CONFIGS, *([WIDE] if wide and CONFIGS is CANDIDATES else [])],
+        ["tuned_for", "PRECISION", *keys],
         prune_configs_by={"early_config_prune": _fitting}, cache_results=True,
+        do_bench=partial(triton.testing.do_bench, warmup=5, rep=20),
     )(kernel)  # fmt: skip
 
 
-_product = tuned(_product_kernel, "COUNTED")
+_product = tuned(_product_kernel, "COUNTED", wide=True)
 
 
 def size_class(size: int, D: int) -> int:
@@ -133,11 +140,11 @@ def product(a: Tensor, b: Tensor, out: Tensor, count: Tensor, counted: int, prec
     )  # fmt: skip
 
 
-def variants() -> list[tuple[str, str, dict, dict]]:
+def variants(*more: triton.Config) -> list[tuple[str, str, dict, dict]]:
     """The types, precisions and tiles that kernels with a product are compiled for, and options."""
     built = []
     for element, itemsize, precision in (("*bf16:16", 2, "ieee"), ("*fp32:16", 4, "tf32x3")):
-        for tile in CANDIDATES:
+        for tile in (*CANDIDATES, *more):
             archs = [arch for arch in (80, 90, 100) if _fits(tile, itemsize, arch)]
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "archs": archs}
             if archs:
@@ -155,7 +162,7 @@ def compiled(kernel: triton.JITFunction, types: dict, constants: dict, options: 
 def _compiles() -> list:
     rows = []
     strides = ("a_batch", "a_m", "a_d", "b_batch", "b_d", "b_n", "out_batch", "out_m")
-    for element, precision, tile, options in variants():
+    for element, precision, tile, options in variants(WIDE):
         types = {"a": element, "b": element, "out": "*fp32:16", "count": "*i64"}
         types |= dict.fromkeys(("M", "N", "D", *strides), "i32:16")
         # rows by rows, rows by columns, columns by columns

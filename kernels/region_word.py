@@ -184,6 +184,7 @@ def _through_kernel(s, alpha, g, ds, ddots, starts, columns, texts, K, width, st
 BLOCK = 256  # columns of a text that a program owns
 
 
+# AGAIN is no key: the forward, which multiplies, comes first and chooses
 _square = tuned(_square_kernel, "GRAM")
 _gradient = tuned(_gradient_kernel, "WORD_SOFTMAX")
 

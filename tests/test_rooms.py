@@ -37,4 +37,5 @@ def test_no_file_outgrows_its_size():
 def test_every_kernel_has_a_room():
     kernels = [*(ROOT / "csrc/cpu").glob("*.cpp"), *(ROOT / "kernels").glob("*.py")]
     homeless = {p.stem for p in kernels} - {"__init__", *ROOMS, *SHARED}
-    assert homeless == set()
+    parts = tuple(f"{op}_" for op in ROOMS)
+    assert {stem for stem in homeless if not stem.startswith(parts)} == set()

@@ -44,6 +44,10 @@ __device__ __forceinline__ double exp_fast(double x) { return exp(x); }
 __device__ __forceinline__ float log1p_fast(float x) { return log1pf(x); }
 __device__ __forceinline__ double log1p_fast(double x) { return log1p(x); }
 
+// of float within two ulp
+__device__ __forceinline__ float divide_fast(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double divide_fast(double a, double b) { return a / b; }
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ double to_float(double x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

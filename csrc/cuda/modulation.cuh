@@ -111,21 +111,35 @@ struct Moments {
   }
 };
 
+// of the vectors x[i stride] with i = first, first + step, .. < end; returns how many there are
 template <class A, class X, int V>
-__device__ __forceinline__ void welford(Pack<A, V>& mean, Pack<A, V>& m2, const X* from, A count) {
-  const Pack<X, V> x = load<V>(from);
-  const A share = A(1) / count;
+__device__ __forceinline__ int welford(Pack<A, V>& mean, Pack<A, V>& m2, const X* x, int64_t first,
+                                       int64_t end, int step, int64_t stride) {
+  constexpr int kAhead = 4;  // loads at once
+  int count = 0;
+  for (int64_t i = first; i < end; i += kAhead * step) {
+    Pack<X, V> some[kAhead];
 #pragma unroll
-  for (int u = 0; u < V; ++u) {
-    const A d = A(to_float(x.at[u])) - mean.at[u];
-    mean.at[u] += d * share;
-    m2.at[u] += d * (A(to_float(x.at[u])) - mean.at[u]);
+    for (int r = 0; r < kAhead; ++r)
+      if (i + r * step < end) some[r] = load<V>(x + (i + r * step) * stride);
+#pragma unroll
+    for (int r = 0; r < kAhead; ++r) {
+      if (i + r * step >= end) break;
+      const A share = divide_fast(A(1), A(++count));
+#pragma unroll
+      for (int u = 0; u < V; ++u) {
+        const A value = to_float(some[r].at[u]), d = value - mean.at[u];
+        mean.at[u] += d * share;
+        m2.at[u] += d * (value - mean.at[u]);
+      }
+    }
   }
+  return count;
 }
 
 // kLanes threads (a warp or a block) own one piece of a plane
 template <class X, int V, int kLanes>
-__global__ void __launch_bounds__(kThreads) plane_stats_kernel(const Args<X, X> a) {
+__global__ void __launch_bounds__(kThreads, 4) plane_stats_kernel(const Args<X, X> a) {
   using A = Acc<X>;
   __shared__ Moments<A> warps[kThreads / 32];
   const int lane = threadIdx.x % kLanes, length = a.n / a.parts;
@@ -133,8 +147,7 @@ __global__ void __launch_bounds__(kThreads) plane_stats_kernel(const Args<X, X> 
   if (unit >= a.planes * a.parts) return;  // a whole warp, or the whole block
   const X* x = a.x + (unit % a.planes * a.parts + unit / a.planes) * length;
   Pack<A, V> mean{}, m2{};
-  int count = 0;
-  for (int e = lane * V; e < length; e += kLanes * V) welford<A, X, V>(mean, m2, x + e, A(++count));
+  const int count = welford<A, X, V>(mean, m2, x, lane * V, length, kLanes * V, 1);
   Moments<A> all{A(count), mean.at[0], m2.at[0]};
 #pragma unroll
   for (int u = 1; u < V; ++u) all.merge(A(count), mean.at[u], m2.at[u]);
@@ -158,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) plane_stats_kernel(const Args<X, X> 
 
 // a block owns `lanes` vectors of channels of one piece of an image
 template <class X, int V>
-__global__ void __launch_bounds__(kThreads) pixel_stats_kernel(const Args<X, X> a) {
+__global__ void __launch_bounds__(kThreads, 3) pixel_stats_kernel(const Args<X, X> a) {
   using A = Acc<X>;
   __shared__ Moments<A> sums[kThreads * V];
   const int lane = threadIdx.x % a.lanes, row = threadIdx.x / a.lanes, rows = kThreads / a.lanes;
@@ -166,10 +179,8 @@ __global__ void __launch_bounds__(kThreads) pixel_stats_kernel(const Args<X, X> 
   const int64_t c = (int64_t(blockIdx.y) * a.lanes + lane) * V;
   const X* x = a.x + (unit % B * a.parts + unit / B) * length * a.C + c;
   Pack<A, V> mean{}, m2{};
-  int count = 0;
-  if (row < rows && c < a.C)
-    for (int64_t e = row; e < length; e += rows)
-      welford<A, X, V>(mean, m2, x + e * a.C, A(++count));
+  const bool here = row < rows && c < a.C;
+  const int count = here ? welford<A, X, V>(mean, m2, x, row, length, rows, a.C) : 0;
 #pragma unroll
   for (int u = 0; u < V; ++u)
     sums[threadIdx.x * V + u] = Moments<A>{A(count), mean.at[u], m2.at[u]};

@@ -90,7 +90,9 @@ def info_nce(
     if group is not None:
         losses, statistics, rows = across_ranks(*given, group, budget)
     else:
-        losses, *statistics, _ = info_nce_op.losses(*given, offset, store(x, y, budget))
+        losses, *statistics, _ = info_nce_op.losses(
+            *given, offset, store(x, y, budget), return_metrics
+        )
         rows = len(x)
     if reduction == "mean" and group is None:
         loss = losses.mean()
@@ -109,8 +111,8 @@ def _factors(x: Tensor, y: Tensor, scale: float | Tensor, normalize: bool) -> tu
         if isinstance(scale, Tensor):
             a = scale.expand(x.shape[0])
         else:
-            a = x.new_full(x.shape[:1], scale, dtype=dtype)
-        return a, y.new_ones(y.shape[:1], dtype=dtype)
+            a = x.new_full((1,), scale, dtype=dtype).expand(len(x))
+        return a, y.new_ones(1, dtype=dtype).expand(len(y))
     return rnorm(x, dtype) * scale, rnorm(y, dtype)
 
 

@@ -72,12 +72,13 @@ class _Logits:
             getattr(_C, f"info_nce_{part}_cuda")(*tiles, *arguments, queue)
 
 
-def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor, Tensor]:
+def sums(x, y, a, b, row_labels, labels, offset, stored, count=4) -> tuple[Tensor, Tensor, Tensor]:
     """Of any rows x and y: sums of rows [5, N] and below them their positives [6, N], sums of
     columns [5, M] (see info_nce_sums), and the products [N, M], or [0, M] if not stored.
 
     row_labels [N] and labels [M], or None. offset: the column of row 0's positive; a row whose
-    column lies beyond y has none, and what stands for it is undefined.
+    column lies beyond y has none, and what stands for it is undefined. count: how many sums the
+    caller needs, 2 without those of e s and the maxima; here all come at one price.
     """
     logits = _Logits(x, y, a, b, row_labels, labels, offset)
     N, M = len(x), len(y)

@@ -24,7 +24,7 @@ def small(x: Tensor, y: Tensor) -> bool:
     return 0 < len(y) <= SMALL and 0 < x.shape[1] <= SMALL
 
 
-def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
+def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) -> Forward:
     if stored or not small(x, y):
         return blocks.fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored)
     (N, M), inputs = (len(x), len(y)), _inputs(x, y, a, b, labels, smoothing, offset)

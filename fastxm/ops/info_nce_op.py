@@ -52,10 +52,13 @@ def rnorm(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _losses(x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None, symmetric: bool,
-            smoothing: float, offset: int, stored: bool,
+            smoothing: float, offset: int, stored: bool, metrics: bool = True,
             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Losses [N], statistics of rows [3, N] and of columns [3, M] (or [3, 0]), kept products."""
-    given = (x, y, a, b, labels, symmetric, smoothing, offset, stored)
+    """Losses [N], statistics of rows [3, N] and of columns [3, M] (or [3, 0]), kept products.
+
+    Without metrics only the log-sum-exps of the statistics mean anything.
+    """
+    given = (x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics)
     return _without_autocast(backend(x, y).fwd, x.device.type, given)
 
 
@@ -79,7 +82,7 @@ gradients_of = torch.library.custom_op("fastxm::info_nce_bwd", _gradients, mutat
 
 
 @losses_of.register_fake
-def _(x, y, a, b, labels, symmetric, smoothing, offset, stored):
+def _(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True):
     (N, M), tiled = (len(x), len(y)), backend(x, y) is tiles and tiles.fits(x, y)
     kept = tiles.kept(x, y, stored) if tiled else a.new_empty(N if stored else 0, M)
     shapes = ((N,), (3, N), (3, M if symmetric else 0))
@@ -101,7 +104,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dloss, *_, gradients=gradients_of):
     *inputs, row_stats, column_stats, kept = ctx.saved_tensors
-    *options, _stored = ctx.options
+    *options, _stored, _metrics = ctx.options
     of_b = ctx.needs_input_grad[3]
     if torch.is_grad_enabled():
         grads = reference.differentiable_bwd(dloss, *inputs, *options)
@@ -109,7 +112,7 @@ def _backward(ctx, dloss, *_, gradients=gradients_of):
         lses = row_stats[0], column_stats[0]
         *grads, db = gradients(dloss, *inputs, *lses, kept, *options, of_b)
         grads.append(db if of_b else None)
-    return (*grads, *(None,) * 5)
+    return (*grads, *(None,) * (len(ctx.options) + 1))
 
 
 losses_of.register_autograd(_backward, setup_context=_save)

@@ -29,7 +29,7 @@ def _direction(s, keep, positive, smoothing, dim) -> tuple[Tensor, Tensor]:
         return loss, torch.stack([lse, entropy, (positive >= s.amax(dim)).to(lse)])
 
 
-def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
+def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) -> Forward:
     x, y = wide(x, y)
     kept = x.new_zeros(len(x) if stored else 0, len(y))
     none = x.new_empty(3, 0)
@@ -53,7 +53,7 @@ def differentiable_bwd(
     return vjp(lambda x, y, a, b: fwd(x, y, a, b, *options)[0], (x, y, a, b), (dloss,))
 
 
-def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor, Tensor]:
+def sums(x, y, a, b, row_labels, labels, offset, stored, count=4) -> tuple[Tensor, Tensor, Tensor]:
     x, y = wide(x, y)
     s, keep, _ = _logits(x, y, a, b, row_labels, labels, offset)
     positive, found = s.new_zeros(1, len(x)), s.diagonal(offset)

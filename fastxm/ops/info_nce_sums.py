@@ -54,7 +54,9 @@ def terms(lse: Tensor, weight: Tensor, smoothing: float, count) -> Tensor:
     return torch.stack([lse, weight, smoothing * weight / count])
 
 
-def forward(sums: Callable, x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
+def forward(
+    sums: Callable, x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True
+) -> Forward:
     N, M = len(x), len(y)
     own = None if labels is None else labels[offset : offset + N]
     row, column, kept = sums(x, y, a, b, own, labels, offset, stored)

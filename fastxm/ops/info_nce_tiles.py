@@ -35,10 +35,10 @@ def kept(x: Tensor, y: Tensor, stored: bool) -> Tensor:
     return x.new_empty(tiles, BYTES[halves(x, y)], dtype=torch.uint8)
 
 
-def sums(x, y, a, b, row_labels, labels, offset, stored) -> tuple[Tensor, Tensor, Tensor]:
+def sums(x, y, a, b, row_labels, labels, offset, stored, count=4) -> tuple[Tensor, Tensor, Tensor]:
     """As `info_nce_blocks.sums`."""
     if not fits(x, y):
-        return blocks.sums(x, y, a, b, row_labels, labels, offset, stored)
+        return blocks.sums(x, y, a, b, row_labels, labels, offset, stored, count)
     row, column, tiles = a.new_empty(6, x.shape[0]), a.new_empty(5, y.shape[0]), kept(x, y, stored)
     problem = _Problem(x, y, a, b, row_labels, labels, offset, tiles)
     problem.run("sums", row.data_ptr(), column.data_ptr())
@@ -58,7 +58,7 @@ def gradients(
     return problem.gradients("sums_bwd", of_b, terms, smoothing)
 
 
-def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
+def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) -> Forward:
     if not fits(x, y):
         return blocks.fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored)
     (N, M), tiles = (x.shape[0], y.shape[0]), kept(x, y, stored)

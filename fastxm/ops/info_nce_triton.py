@@ -14,18 +14,24 @@ from torch.nn import functional as F
 from fastxm.ops import gemm
 from fastxm.ops.dispatch import interpreting
 from fastxm.ops.info_nce_blocks import TINY, inner
-from fastxm.ops.info_nce_sums import Forward, backward, forward, join, new_sums
+from fastxm.ops.info_nce_sums import Forward, backward, forward, new_sums
 
-BAND = 8192  # rows, of each 128 of which the columns have sums of their own
-STRIP = 256 << 20  # bytes of a strip of g
-WAVES = 8  # programs a multiprocessor, or more: none waits long for the last
+BAND = 16384  # rows, of each 16 or 32 of which the columns have sums of their own
+STRIP = 8192  # rows of g, of which vendor products keep a GPU busy
+ROOM = 1 << 30  # bytes of g, of which fewer rows are made if it has many columns
+WAVES = 16  # programs a multiprocessor, or more: none waits long for the last
 
 
 def _inputs(x, y, a, b, row_labels, labels) -> tuple[Tensor | None, ...]:
-    """Rows of one dtype, in whole vectors of 16; factors; labels as numbers of 32 bits."""
+    """Rows of one dtype, in whole vectors of 16; factors of rows and columns, or one of all pairs
+    and None; labels as numbers of 32 bits."""
     dtype, short = torch.promote_types(x.dtype, y.dtype), -x.shape[1] % 16
     rows = (F.pad(t.to(dtype), (0, short)) if short else t.to(dtype).contiguous() for t in (x, y))
-    factors = (f.float().masked_fill(f == 0, TINY).contiguous() for f in (a, b))
+    if len(a) and len(b) and a.stride(0) == b.stride(0) == 0:
+        a, b = a[:1].float() * b[:1].float(), None
+        factors = [a.masked_fill(a == 0, TINY), None]
+    else:
+        factors = [f.float().masked_fill(f == 0, TINY).contiguous() for f in (a, b)]
     if labels is None:
         return (*rows, *factors, None, None)
     labels = torch.cat([row_labels, labels]).long()
@@ -39,36 +45,31 @@ def _programs(x: Tensor) -> int:
     return WAVES * torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def merge(parts: Tensor) -> Tensor:
-    """Sums [5, n] of all parts from those of each, [3, parts, n] or [4, parts, n]."""
-    top = parts[0].amax(0)
-    exps = parts[1:3] * (parts[0] - top).exp()
-    plain = parts[3].sum(0) if len(parts) > 3 else torch.zeros_like(top)
-    return torch.stack([top, *exps.sum(1), plain, top])
-
-
 def sums(
-    x, y, a, b, row_labels, labels, offset, stored, columns=True, totals=True
+    x, y, a, b, row_labels, labels, offset, stored, count=4, columns=True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `info_nce_blocks.sums`; without those of columns or of s where they are not needed.
+    """As `info_nce_blocks.sums`; without those of columns where they are not needed, and of the
+    sums the first `count`: 4, 3 without those of s, or 2 without those of e s and the maxima.
 
     Products are made again, whether they should be kept or not: what is kept is not written.
     """
     kernels = importlib.import_module("fastxm.kernels.info_nce")
-    x, y, a, b, row_labels, labels = _inputs(x, y, a, b, row_labels, labels)
+    merge = importlib.import_module("fastxm.kernels.info_nce_merge").merge
     N, M = len(x), len(y)
+    x, y, a, b, row_labels, labels = _inputs(x, y, a, b, row_labels, labels)
     row, column = a.new_zeros(6, N), new_sums(a).repeat(1, M)
     row[:5] = new_sums(a)
     with torch.cuda.device_of(x):
         for start in range(0, N if M else 0, BAND):
             here = slice(start, min(start + BAND, N))
-            own = None if row_labels is None else row_labels[here]
             rows, strips, row[5, here] = kernels.stats(
-                *(x[here], y, a[here], b, own, labels, offset + start),
-                *(_programs(x), columns, totals, gemm.triton_precision()),
+                *(x[here], y, a if b is None else a[here], b),
+                *(None if row_labels is None else row_labels[here], labels, offset + start),
+                *(_programs(x), columns, count, gemm.triton_precision()),
             )
-            row[:5, here] = merge(rows)
-            column = join(column, merge(strips)) if columns else column
+            merge(*rows, row[:5, here], count)
+            if columns:
+                merge(*strips, column, count)
     return row, column, a.new_empty(N if stored else 0, M)
 
 
@@ -76,35 +77,51 @@ def gradients(
     row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept, of_b=True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `info_nce_blocks.gradients`."""
-    kernels, D = importlib.import_module("fastxm.kernels.info_nce"), x.shape[1]
+    gradient = importlib.import_module("fastxm.kernels.info_nce_gradient").gradient
+    D, of_rows, of_columns = x.shape[1], a, b if of_b else None
     x, y, a, b, row_labels, labels = _inputs(x, y, a, b, row_labels, labels)
     of_x, of_y = (t.float() if t.dtype == torch.float16 else t for t in (x, y))
     N, M = len(x), len(y)
-    dx, dy = a.new_zeros(x.shape), a.new_zeros(y.shape)
+    dx, dy = (a.new_empty(t.shape) if N and M else a.new_zeros(t.shape) for t in (x, y))
     width = -(-M // 16) * 16
-    n = max(128, STRIP // max(1, width * of_x.element_size()) // 128 * 128)
+    n = max(128, min(STRIP, ROOM // max(1, width * of_x.element_size())) // 128 * 128)
     room = of_x.new_empty(min(n, N), width)[:, :M]
+    if N and M:
+        row, column, bounds = _weights(row, column, a if b is None else None)
     with torch.cuda.device_of(x):
         for start in range(0, N if M else 0, n):
             here = slice(start, min(start + n, N))
-            own, g = None if row_labels is None else row_labels[here], room[: here.stop - start]
-            kernels.gradient(
-                *(x[here], y, a[here], b, own, labels, row[:, here], column, g),
+            g = room[: here.stop - start]
+            gradient(
+                *(x[here], y, a if b is None else a[here], b),
+                *(None if row_labels is None else row_labels[here], labels),
+                *(row[:, here], column, bounds, g),
                 *(offset + start, smoothing, gemm.triton_precision()),
             )
-            dx[here] = _product(g, of_y)
-            dy += _product(g.T, of_x[here])
-    db = inner(y, dy) / b if of_b else b.new_empty(0)
-    return dx[:, :D], dy[:, :D], inner(x, dx) / a, db
+            gemm.multiply(g, of_y, dx[here])
+            if start:
+                gemm.accumulate(dy, g.T, of_x[here])
+            else:
+                gemm.multiply(g.T, of_x[here], dy)
+    db = of_rows.new_empty(0) if of_columns is None else inner(y, dy) / of_columns
+    return dx[:, :D], dy[:, :D], inner(x, dx) / of_rows, db
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x y in float32."""
-    return torch.mm(x, y) if x.dtype == torch.float32 else torch.mm(x, y, out_dtype=torch.float32)
+def _weights(row, column, factor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`terms` and the weights of exp(s - the largest log-sum-exp), all times the factor of all
+    pairs if there is one; and the largest and the least log-sum-exp."""
+    both = [t for t in (row, column) if t is not None]
+    bounds = torch.stack(torch.cat([t[0] for t in both]).aminmax()).flip(0)
+    for k, t in enumerate(both):
+        both[k] = torch.cat([t, (t[1] * (bounds[0] - t[0]).exp())[None]])
+        if factor is not None:
+            both[k][1:] *= factor
+    return both[0], None if column is None else both[1], bounds
 
 
-def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored) -> Forward:
-    needed = partial(sums, columns=symmetric, totals=smoothing > 0)
+def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) -> Forward:
+    count = 4 if smoothing else 3 if metrics else 2
+    needed = partial(sums, count=count, columns=symmetric)
     return forward(needed, x, y, a, b, labels, symmetric, smoothing, offset, stored)
 
 

@@ -80,7 +80,7 @@ def losses_of(z: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
     sums = new_sums(factor).repeat(1, len(z))
     for p, q, given in _pairs(z, factor, scale):
         with torch.autocast(z.device.type, enabled=False):
-            row, column, _ = backend.sums(*given, False)
+            row, column, _ = backend.sums(*given, False, 2)
         sums[:, p] = join(sums[:, p], row[:5])
         if p != q:
             sums[:, q] = join(sums[:, q], column)

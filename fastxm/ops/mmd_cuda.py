@@ -6,8 +6,8 @@ from torch import Tensor
 from fastxm import _C
 from fastxm.ops import gemm
 from fastxm.ops.mmd_native import numbers_of
-from fastxm.ops.mmd_rows import Function, Room, Rows
-from fastxm.ops.mmd_tiles import plain, wanted
+from fastxm.ops.mmd_rows import Function, Rows
+from fastxm.ops.mmd_tiles import Room, plain, wanted
 
 TILE = 8192  # rows, so that the work of a tile outlasts its launches
 PARTS, DEGREE = 64, 255  # of a kernel: what the kernels have room for
@@ -20,9 +20,10 @@ def epilogue(
     if sum(term.parts for term in f.terms) > PARTS or any(t.degree > DEGREE for t in f.terms):
         return plain(f, rows, columns, own, mirrored, room)
     n, m = len(rows.z), len(columns.z)
-    products, weights = room.tile(n, m)
+    products = room.products(n, m)
     gemm.multiply(rows.z, columns.z.T, products)
-    w, wide = weights if wanted(rows, columns) else None, products.dtype == torch.float64
+    w = room.weights(n, m) if wanted(rows, columns) else None
+    wide = products.dtype == torch.float64
     strips, chunks = _C.mmd_parts_cuda(wide, n, m)
     of_rows = products.new_empty(2, strips, n)  # potentials, slopes
     of_columns = products.new_empty(2, chunks, m)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops.mmd_pairs import KINDS, Term, distances, value
-from fastxm.ops.mmd_parameters import Values, mixed, positive, vector
+from fastxm.ops.mmd_parameters import Values, halving, mixed, positive, vector
 
 
 class Kernel:
@@ -79,6 +79,9 @@ class RBF(Kernel):
     def parameters(self, x: Tensor) -> Tensor:
         return mixed(0.5 / vector(self.bandwidths, x).square(), self.weights)
 
+    def term(self, parts: int) -> Term:
+        return super().term(parts)._replace(degree=4 if halving(self.bandwidths) else 1)
+
 
 @dataclass(frozen=True, eq=False)
 class Laplace(RBF):
@@ -107,10 +110,7 @@ class RationalQuadratic(Kernel):
 
 @dataclass(frozen=True, eq=False)
 class Energy(Kernel):
-    """-weight |x - y|; mmd2 is the energy distance 2 E|x - y| - E|x - x'| - E|y - y'|.
-
-    The textbook kernel |x| + |y| - |x - y| gives the same mmd2: its norms cancel.
-    """
+    """-weight |x - y|; mmd2 is the energy distance: norms of |x| + |y| - |x - y| would cancel."""
 
     weight: float | Tensor = 1.0
     kind: ClassVar[str] = "energy"

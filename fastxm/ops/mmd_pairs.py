@@ -56,11 +56,11 @@ KINDS = ("rbf", "rational_quadratic", "laplace", "energy", "polynomial")  # as c
 
 
 class Term(NamedTuple):
-    """One kernel of a sum: an index of KINDS, a polynomial's degree, and K, its parts."""
+    """One kernel of a sum."""
 
-    kind: int
-    degree: int
-    parts: int
+    kind: int  # an index of KINDS
+    degree: int  # of a polynomial; 4 where bandwidths halve: Gaussians are 4th powers of wider ones
+    parts: int  # K
 
     @property
     def radial(self) -> bool:

@@ -1,6 +1,7 @@
 """The numbers of a kernel: what a user may give, and the tensors of them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ def positive(name: str, values: Values) -> None:
             good = unread or (v.numel() > 0 and bool((v > 0).all()))
         if not good:
             raise ValueError(f"{name} must be above 0, not {values}")
+
+
+def halving(values: Values) -> bool:
+    """Whether all are numbers, each half of the next larger one."""
+    if not isinstance(values, Sequence) or any(isinstance(v, Tensor) for v in values):
+        return False
+    ordered = sorted(values)
+    return all(2 * a == b for a, b in pairwise(ordered))
 
 
 def mixed(shapes: Tensor, weights: Values) -> Tensor:

@@ -29,11 +29,12 @@ def _segments(rows: Tensor, starts: Tensor) -> Tensor:
     return torch.segment_reduce(rows, "sum", lengths=starts.diff(), axis=0, initial=0)
 
 
-def per_row(values: Tensor, starts: Tensor | None) -> Tensor:
-    """What each problem has, values [G, ...], for each of its rows; of one problem [...]."""
+def per_row(values: Tensor, starts: Tensor | None, rows: int) -> Tensor:
+    """What each problem has, values [G, ...], for each of all rows; of one problem [...]."""
     if starts is None:
         return values[0]
-    return torch.repeat_interleave(values, starts.diff().to(values.device), dim=0)
+    counts = starts.diff().to(values.device)
+    return torch.repeat_interleave(values, counts, dim=0, output_size=rows)  # else it waits
 
 
 def many(
@@ -54,10 +55,10 @@ def many(
     if function.radial:
         counts = (starts[0] + starts[1]).diff()[:, None]
         centre = (_segments(x, starts[0]) + _segments(y, starts[1])) / counts
-        x, y = x - per_row(centre, starts[0]), y - per_row(centre, starts[1])
+        x, y = (z - per_row(centre, s, len(z)) for z, s in zip((x, y), starts))
     x, y = x.contiguous(), y.contiguous()
     norms = [z.square().sum(1) for z in (x, y)]
-    of_x, of_y = per_row(c, starts[0]), per_row(c, starts[1])
+    of_x, of_y = (per_row(c, s, len(z)) for z, s in zip((x, y), starts))
     # of the pairs in x, in y, and of both
     scales = [(f * w).to(a.dtype) for f, w in
               ((2 * of_x[:, 0], a), (2 * of_y[:, 1], b), (of_x[:, 2], a))]  # fmt: skip

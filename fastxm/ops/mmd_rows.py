@@ -1,4 +1,4 @@
-"""What a visit of tiles reads and adds to: the kernel, the rows of a sample, room for a tile."""
+"""What a visit of tiles reads and adds to: the kernel, the rows of a sample."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,8 +40,8 @@ class Function:
     def ascending(self) -> Tensor:
         """As `stacked`, but the shapes of each term's Gaussians ascend; found without waiting."""
         pairs = zip(self.terms, self._pairs())
-        return torch.cat([own[:, own[0].argsort()] if KINDS[term.kind] == "rbf" else own
-                          for term, own in pairs], 1)  # fmt: skip
+        return torch.cat([own[:, own[0].argsort()] if KINDS[term.kind] == "rbf" and term.parts > 1
+                          else own for term, own in pairs], 1)  # fmt: skip
 
     def _pairs(self) -> list[Tensor]:
         own = self.parameters.split([2 * term.parts for term in self.terms])
@@ -76,7 +76,8 @@ class Rows:
             found = gemm.pack(other, depth=True)
             assert found is not None  # it is of the dtype of z
             other = found
-        norms = torch.cat([t.to(weight.dtype).square().sum(1) for t in z.split(1024)])
+        some = z.split(1 << 16 if z.is_cuda else 1024)  # of a CPU they stay in the cache
+        norms = torch.cat([t.to(weight.dtype).square().sum(1) for t in some])
         return cls(z, panels, norms, weight, weight, zeros, torch.zeros_like(weight), other, dz)
 
     def begin(self, coefficient: Tensor) -> "Rows":
@@ -91,25 +92,6 @@ class Rows:
         return Rows(self.z[some], None, self.norms[some], self.weight[some], self.scale[some],
                     self.potential[some], self.slopes[some], self.other[some],
                     gradient)  # fmt: skip
-
-
-@dataclass
-class Room:
-    """Places for the products and for the weights of any tile, which may be the same."""
-
-    products: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, x: Rows, y: Rows, tile: int) -> "Room":
-        size = min(tile, len(x.z)) * min(tile, len(y.z))
-        products = x.weight.new_empty(size)
-        # weights of halves are halves, and the products of float32 are done with
-        weights = products if x.other.dtype == x.weight.dtype else x.other.new_empty(size)
-        return cls(products, weights)
-
-    def tile(self, n: int, m: int) -> tuple[Tensor, Tensor]:
-        return self.products[: n * m].view(n, m), self.weights[: n * m].view(n, m)
 
 
 def samples(

@@ -85,16 +85,19 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:8], *output[1:])
     ctx.options = inputs[8:12]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of outputs as large as the inputs
 
 
 def _backward(ctx, dtotal, *_):
+    if dtotal is None:
+        return (None,) * 13
     inputs, (dx, dy, da, db, dc, dparameters) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
     starts = inputs[6:8]
     if torch.is_grad_enabled():
         formula = partial(mmd_reference.kernel_sums, starts, Options(*ctx.options))
         found = dispatch.vjp(formula, inputs[:6], [dtotal])
     else:
-        x_of, y_of = (per_row(dtotal, s) for s in starts)
+        x_of, y_of = (per_row(dtotal, s, len(d)) for s, d in zip(starts, (da, db)))
         ready = (lambda: x_of[..., None] * dx, lambda: y_of[..., None] * dy, lambda: x_of * da,
                  lambda: y_of * db, lambda: dtotal[:, None] * dc,
                  lambda: (dtotal.double() @ dparameters))  # fmt: skip

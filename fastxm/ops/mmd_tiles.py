@@ -10,6 +10,7 @@ once for (i, j) and (j, i). Precision: see docs/mmd.md.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +19,31 @@ from fastxm import _C
 from fastxm.ops import dispatch, gemm
 from fastxm.ops.mmd_native import numbers_of, whole
 from fastxm.ops.mmd_pairs import by_parameters, off_diagonal, slope, value
-from fastxm.ops.mmd_rows import Function, Room, Rows
+from fastxm.ops.mmd_rows import Function, Rows
+
+
+class Room:
+    """Places for the products and for the weights of any tile, made when first asked for."""
+
+    def __init__(self, x: Rows, y: Rows, tile: int):
+        self.size, self.like = min(tile, len(x.z)) * min(tile, len(y.z)), x
+
+    def products(self, n: int, m: int) -> Tensor:
+        return self._wide[: n * m].view(n, m)
+
+    def weights(self, n: int, m: int) -> Tensor:
+        # weights of halves are halves, and the products of float32 are done with
+        wide = self.like.other.dtype == self.like.weight.dtype
+        return (self._wide if wide else self._half)[: n * m].view(n, m)
+
+    @cached_property
+    def _wide(self) -> Tensor:
+        return self.like.weight.new_empty(self.size)
+
+    @cached_property
+    def _half(self) -> Tensor:
+        return self.like.other.new_empty(self.size)
+
 
 # of a function, rows, columns, what pairs i = j are, whether columns get their sums too, and a
 # place for weights: w [n, m], or None where no gradient is wanted
@@ -56,7 +81,7 @@ def visit(
     if y.panels is not None:
         whole(function, x, y, "dropped" if drop else "same" if triangle else "plain")
         return x.potential, y.potential
-    room = Room.of(x, y, tile)
+    room = Room(x, y, tile)
     for i in range(0, N, tile):
         rows = x.part(i, tile)
         for j in range(i if triangle else 0, M, tile):
@@ -82,9 +107,9 @@ def native(
 ) -> Tensor | None:
     """A tile by C++, which makes the products too where it has a kernel for them."""
     n, m = len(rows.z), len(columns.z)
-    products, weights = room.tile(n, m)
+    products = room.products(n, m)
     torch.mm(rows.z, columns.z.T, out=products)
-    w = weights if wanted(rows, columns) else None
+    w = room.weights(n, m) if wanted(rows, columns) else None
     sums = (rows.potential, rows.slopes, columns.potential, columns.slopes)
     squared = (None if f.square is None else columns.scale, f.square, f.squares)
     numbers = numbers_of(rows, columns, own, products, w, sums, mirrored, f.derivatives, squared)
@@ -96,7 +121,8 @@ def plain(
     f: Function, rows: Rows, columns: Rows, own: str, mirrored: bool, room: Room
 ) -> Tensor | None:
     """A tile in PyTorch, on any device."""
-    products, weights = room.tile(len(rows.z), len(columns.z))
+    n, m = len(rows.z), len(columns.z)
+    products = room.products(n, m)
     gemm.multiply(rows.z, columns.z.T, products)
     s = products
     if f.radial:
@@ -116,7 +142,7 @@ def plain(
     if not wanted(rows, columns):
         return None
     w = rows.scale[:, None] * columns.weight * (slope(f.terms, s, f.parameters) * differ)
-    weights.copy_(w)
+    weights = room.weights(n, m).copy_(w)
     rows.slopes += weights.sum(1, dtype=rows.slopes.dtype)
     if mirrored:
         columns.slopes += weights.sum(0, dtype=rows.slopes.dtype)

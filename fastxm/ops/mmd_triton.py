@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fastxm.ops.mmd_native import DIAGONALS
-from fastxm.ops.mmd_rows import Function, Room, Rows
-from fastxm.ops.mmd_tiles import plain, wanted
+from fastxm.ops.mmd_pairs import Term
+from fastxm.ops.mmd_rows import Function, Rows
+from fastxm.ops.mmd_tiles import Room, plain, wanted
 
-TILE = 8192
+TILE = 8192  # rows: offsets within a tile stay within 32 bits
 PRECISIONS = {"float32": "ieee", "tf32": "tf32", "tf32x3": "tf32x3", "bfloat16": "ieee"}
 
 
@@ -20,18 +21,23 @@ def fused(
     if f.derivatives is not None or any(term.degree > 9 for term in f.terms):
         return plain(f, rows, columns, own, mirrored, room)
     kernels = importlib.import_module("fastxm.kernels.mmd")
-    w = room.tile(len(rows.z), len(columns.z))[1] if wanted(rows, columns) else None
+    w = room.weights(len(rows.z), len(columns.z)) if wanted(rows, columns) else None
     shapes, weights = f.ascending
-    kinds = [(term.kind, term.degree) for term in f.terms for _ in range(term.parts)]
+    kinds = [kind for term in f.terms for kind in _parts(term)]
     with torch.cuda.device_of(rows.z):
         of_rows, of_columns = kernels.tile(
             *(rows.z, columns.z, rows.norms, columns.norms, rows.weight, columns.weight),
-            *(rows.scale, shapes, weights, kinds, f.radial, DIAGONALS.index(own), w),
+            *(rows.scale, shapes, weights, kinds, f.radial, DIAGONALS.index(own), not mirrored, w),
             PRECISIONS[f.precision],
         )
-    rows.potential += of_rows[0]
-    rows.slopes += of_rows[1]
-    if mirrored:
-        columns.potential += of_columns[0]
-        columns.slopes += of_columns[1]
+    for some, sums in ((rows, of_rows), (columns, of_columns))[: 1 + mirrored]:
+        some.potential += sums[0]
+        if w is not None:
+            some.slopes += sums[1]
     return w
+
+
+def _parts(term: Term) -> list[tuple[int, int]]:
+    # a power of a power would take the rounding of an exponential times 16
+    degrees = [term.degree, term.degree] if not term.radial else [1, term.degree]
+    return [(term.kind, degrees[q % 2]) for q in range(term.parts)]

@@ -105,7 +105,7 @@ def _blocks(words: _Words, regions: Tensor) -> Iterator[tuple[slice, _Block]]:
     """Yields each group of pictures, as a slice, and its block, in rooms that all groups share."""
     (B, R, D), K = regions.shape, words.texts.K
     room = BLOCK * (LAUNCH if regions.is_cuda else 1)
-    P = max(1, min(B, room // max(1, 3 * K * R * words.packed.element_size())))
+    P = max(1, min(B, room // max(1, 3 * K * R * words.rnorm.element_size())))
     inner = (R, R) if words.gram else (K, D)  # r rᵀ, or the contexts
     shapes = ((R, D), (R, D), (K, R), (K, R), (K, R), inner, (K,), (K,), (K,))
     dtypes = [words.products.dtype] + [words.wide] * 8

@@ -309,6 +309,15 @@ def test_triton(kernel, shape, triton_device):
     torch.testing.assert_close(gradient(u_statistic)(x, y), plain, atol=1e-5, rtol=1e-4)
 
 
+def test_triton_takes_powers_where_bandwidths_are_numbers(triton_device):
+    x, y = (t[0] for t in samples(33, 40, 5, triton_device))
+    values = (1.0, 4.0, 2.0, 8.0)  # in any order
+    known, unknown = RBF(values), RBF(torch.tensor(values))
+    assert [kernel.term(4).degree for kernel in (known, unknown, RBF((1, 2, 5)))] == [4, 1, 1]
+    for both in zip(*(gradient(lambda x, y, k=k: mmd2(x, y, k))(x, y) for k in (known, unknown))):
+        torch.testing.assert_close(*both)
+
+
 def test_triton_gradients_of_bandwidths(triton_device):
     x, y = (t[0] for t in samples(33, 70, 5, triton_device))
     p = torch.tensor([0.7, 1.4], device=triton_device, requires_grad=True)

@@ -120,6 +120,17 @@ def test_what_is_not_finite_stays_visible(form, on):
     assert scores[:, ::2].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rooms_keep_to_their_size(dtype, on):
+    regions, words, lengths = inputs(9, 20, 9, 4, 5, on, dtype)
+    packed = blocks._Words(regions, words, lengths, 4.0, 5.0, False)
+    held = [block.s.nbytes + block.alpha.nbytes + block.h.nbytes
+            for _, block in blocks._blocks(packed, regions)]  # fmt: skip
+    room = blocks.BLOCK * (blocks.LAUNCH if on == "cuda" else 1)
+    assert len(held) > 1 or on == "cuda"
+    assert all(size <= room for size in held)
+
+
 def test_places_of_no_word(on, monkeypatch):
     # as on a GPU, which does not wait for the number of words
     regions, words, lengths = inputs(3, 20, 9, 4, 5, on)
