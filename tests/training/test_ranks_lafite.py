@@ -27,7 +27,7 @@ RUNS = {
         {"perturbation": "trained", "logit": "batch"},
         {"perturbation_steps": 1, "contrast": "sharpened", "picture_weight": 1.0},
     ),
-    # each stage; the KL is 0 in the first step of the second
+    # each stage; the KL is 0, then 1e-6 in the second
     "vdl": (
         vdl,
         {"conditioning": "pair"},
@@ -35,7 +35,7 @@ RUNS = {
             "adversarial_steps": 1,
             "posterior_steps": 2,
             "supervision_batch": 5,
-            "kl_target": 1.0,
+            "kl_target": 1e-6,
             "kl_warmup": 0.0,
         },
     ),
