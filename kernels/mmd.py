@@ -122,13 +122,14 @@ def _config(n: int, m: int, d: int, warps: int, stages: int) -> triton.Config:
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
-def config(half: bool, own: bool, precision: str, hopper: bool) -> triton.Config:
+def config(half: bool, own: bool, precision: str, arch: int, roots: bool) -> triton.Config:
     if knobs.runtime.interpret:
         return _config(32, 32, 32, 4, 1)
     if not half and precision == "ieee":  # no tensor cores
         return _config(64, 64, 32, 4, 3)
-    # a sample with itself has square blocks; other than there, 4 warps spill
-    return _config(64 if own else 128, 64, 64 if half else 32, 4 if half and hopper else 8, 3)
+    # a sample with itself has square blocks; 4 warps would spill but for halves on Hopper
+    warps = 4 if half and arch == 90 and not roots else 8
+    return _config(64 if own else 128, 64, 64 if half else 32, warps, 3)
 
 
 def tile(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, a: Tensor, b: Tensor,
@@ -150,8 +151,9 @@ def tile(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, a: Tensor, b: T
         [2, n] and [2, m]: sums of b k and a k, and of w, which are not written without it.
     """
     (n, D), m = x.shape, len(y)
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-    chosen = config(x.element_size() == 2, own, precision, hopper)
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    roots = any(kind in (2, 3) for kind, _ in kinds)
+    chosen = config(x.element_size() == 2, own, precision, 10 * major + minor, roots)
     blocks = triton.cdiv(n, chosen.kwargs["BLOCK_N"])
     strips = triton.cdiv(m, chosen.kwargs["BLOCK_M"])
     rows = a.new_empty(2, strips, n)
@@ -181,7 +183,7 @@ def _compiles() -> list:
         for number, parts, radial in kernels:
             # all places of the first kernel, and of the others two
             for diagonal, own in places if number == kernels[0][0] else places[:2]:
-                chosen = config(element == "bf16", own, precision, arch == 90)
+                chosen = config(element == "bf16", own, precision, arch, number in (12, 13))
                 options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
                 constants = {"KINDS": number, "PARTS": parts, "RADIAL": radial,
                              "DIAGONAL": diagonal, "OWN": own, "GRADIENTS": True,
