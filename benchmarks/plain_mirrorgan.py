@@ -51,8 +51,9 @@ def damsm_loss(
     sentence: Tensor,
     *,
     labels: Tensor,
+    group: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """AttnGAN's word and sentence losses."""
+    """AttnGAN's word and sentence losses, of one process."""
     columns = []
     for text, length in zip(words, lengths.tolist()):
         text = text[:length].expand(len(regions), -1, -1)  # [B, n, D]

@@ -108,11 +108,13 @@ PLAIN = {
 }
 
 
-def nce(a: Tensor, b: Tensor) -> Tensor:
+def nce(a: Tensor, b: Tensor, *, group: None = None) -> Tensor:
     return both_ways(F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / 0.1)
 
 
-def region_word_loss(regions: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+def region_word_loss(
+    regions: Tensor, words: Tensor, lengths: Tensor, *, group: None = None
+) -> Tensor:
     return both_ways(50 * region_word_scores(regions, words.to(regions.dtype), lengths))
 
 

@@ -16,6 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -35,31 +37,34 @@ PTXAS_USAGE = re.compile(
 
 def compile_triton() -> list[dict]:
     """One row for each kernel, configuration and architecture."""
+    modules = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    modules.remove("__init__")
+    with ProcessPoolExecutor() as pool:
+        return list(chain.from_iterable(pool.map(compile_module, modules)))
+
+
+def compile_module(name: str) -> list[dict]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import sm_arch_from_capability
     from triton.compiler import ASTSource
 
     rows = []
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        if path.stem == "__init__":
-            continue
-        module = importlib.import_module(f"fastxm.kernels.{path.stem}")
-        for kernel, signature, constants, options in module.COMPILES:
-            options = dict(options)
-            full = {**signature, **dict.fromkeys(constants, "constexpr")}
-            ordered = {name: full[name].removesuffix(":16") for name in kernel.arg_names}
-            whole = [i for i, name in enumerate(kernel.arg_names) if full[name].endswith(":16")]
-            aligned = {(i,): [["tt.divisibility", 16]] for i in whole}
-            source = ASTSource(kernel, ordered, constexprs=constants, attrs=aligned)
-            for arch in options.pop("archs", TRITON_ARCHS):
-                built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-                usage = {"shared": built.metadata.shared, **cubin_usage(built.asm["cubin"])}
-                names = {k: str(v) for k, v in constants.items()}
-                name = f"{path.stem}.{kernel.__name__}"
-                sm = sm_arch_from_capability(arch)
-                head = {"kernel": name, "arch": sm, "constants": names}
-                rows.append({**head, **options, **usage})
+    module = importlib.import_module(f"fastxm.kernels.{name}")
+    for kernel, signature, constants, options in module.COMPILES:
+        options = dict(options)
+        full = {**signature, **dict.fromkeys(constants, "constexpr")}
+        ordered = {name: full[name].removesuffix(":16") for name in kernel.arg_names}
+        whole = [i for i, name in enumerate(kernel.arg_names) if full[name].endswith(":16")]
+        aligned = {(i,): [["tt.divisibility", 16]] for i in whole}
+        source = ASTSource(kernel, ordered, constexprs=constants, attrs=aligned)
+        for arch in options.pop("archs", TRITON_ARCHS):
+            built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            usage = {"shared": built.metadata.shared, **cubin_usage(built.asm["cubin"])}
+            values = {k: str(v) for k, v in constants.items()}
+            sm = sm_arch_from_capability(arch)
+            head = {"kernel": f"{name}.{kernel.__name__}", "arch": sm, "constants": values}
+            rows.append({**head, **options, **usage})
     return rows
 
 
