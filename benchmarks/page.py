@@ -130,7 +130,9 @@ def section(result: dict) -> list[str]:
         other[f"Not installed: {', '.join(absent)}."] = None
     parts += [" ".join(other)] if other else []
     if result.get("kernels"):
-        parts += ["Its GPU kernels, the most that any variant takes:", kernels(result["kernels"])]
+        of = f" of {result['kernels_commit']}" if "kernels_commit" in result else ""
+        head = f"Its GPU kernels{of}, the most that any variant takes:"
+        parts += [head, kernels(result["kernels"])]
     return parts
 
 
