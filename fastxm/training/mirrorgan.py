@@ -325,8 +325,7 @@ def train_mirrorgan(
     left = [stage for stage in before if not stage.ended(out)]
     with started(recipe.device) as ranks:
         ranks.any(False)  # nothing is written before all have looked
-        if not ranks.first:
-            tell = lambda line: None  # noqa: E731
+        tell = tell if ranks.first else (lambda line: None)
         for stage in before:
             if stage not in left:
                 tell(f"{stage.name}: {out / stage.name} has ended, and is used as it is")

@@ -151,7 +151,7 @@ def test_the_numbers_are_those_of_one_process(runs, out, name):
 
 
 def test_stages_are_reused_and_go_on(runs):
-    found = [torch.load(runs / f"stages-{rank}.pt") for rank in range(SIZE)]
+    found = [torch.load(runs / f"stages-{rank}.pt", weights_only=True) for rank in range(SIZE)]
     out = runs / "stages"
     told = [f"damsm: {out / 'damsm'} has ended, and is used as it is",
             f"stream: training in {out / 'stream'}"]  # fmt: skip
