@@ -18,11 +18,6 @@ namespace fastxm {
 
 namespace {
 
-bool has_avx512() {
-  static const bool has = !std::strcmp(cpu_level(), "avx512");
-  return has;
-}
-
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // some rows times a part of a panel, or of rows fewer than a register tile's, R at most, those
@@ -41,7 +36,8 @@ void times_panel(const char* a, std::int64_t a_row, std::int64_t a_step, std::in
 // what stays in a near cache
 template <class Tile>
 void multiply_as(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
-                 std::int64_t columns, float* out, std::int64_t out_stride, bool add) {
+                 std::int64_t columns, float* out, std::int64_t out_stride, bool add,
+                 const Ahead&) {
   std::int64_t steps = panels.depth / Tile::step, bytes = steps * 4 * kPanel;
   const char* panel = pointer<const char>(panels.data) + first / kPanel * bytes;
   const char* row = static_cast<const char*>(a.data);
@@ -65,11 +61,12 @@ bool gemm_amx() {
 }
 
 void multiply(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
-              std::int64_t columns, float* out, std::int64_t out_stride, bool add) {
+              std::int64_t columns, float* out, std::int64_t out_stride, bool add,
+              const Ahead& next) {
   auto* run = panels.bf16    ? gemm_amx() ? multiply_amx : multiply_as<Avx512<Pair>>
               : has_avx512() ? multiply_as<Avx512<Float>>
                              : multiply_as<Avx2>;
-  run(panels, a, rows, first, columns, out, out_stride, add);
+  run(panels, a, rows, first, columns, out, out_stride, add, next);
 }
 
 void transpose(const void* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
@@ -140,7 +137,7 @@ const char* gemm_level() { return ""; }
 bool gemm_amx() { return false; }
 
 void multiply(const Panels&, const Left&, std::int64_t, std::int64_t, std::int64_t, float*,
-              std::int64_t, bool) {}
+              std::int64_t, bool, const Ahead&) {}
 
 void transpose(const void*, std::int64_t, std::int64_t, std::int64_t, void*, std::int64_t) {}
 
@@ -153,9 +150,26 @@ void pack_columns(const Panels&, const void*, std::int64_t, std::int64_t, int) {
 
 void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
               std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride,
-              bool add) {
+              bool add, const Ahead& next) {
   multiply(panels, Left{a, a_stride * (panels.bf16 ? 2 : 4), 4}, rows, first, columns, out,
-           out_stride, add);
+           out_stride, add, next);
+}
+
+Part part_of(std::int64_t rows, std::int64_t columns, bool bf16, int threads) {
+  if (!bf16 || !gemm_amx()) {
+    const std::int64_t parts = std::max<std::int64_t>(1, round_up(rows, kMostRows) / kMostRows);
+    const std::int64_t height = round_up((rows + parts - 1) / parts, kTileRows);
+    return {std::max<std::int64_t>(kTileRows, height), kPanel};
+  }
+  // of a depth of 512 the columns fill half of a second cache level, and the rows a quarter
+  Part part = {256, 512};
+  auto few = [&] {
+    return (rows + part.rows - 1) / part.rows * ((columns + part.columns - 1) / part.columns) <
+           2 * threads;
+  };
+  while (part.columns > kPanel && few()) part.columns /= 2;
+  while (part.rows > 32 && few()) part.rows /= 2;
+  return part;
 }
 
 void gemm_pack_cpu(bool bf16, std::uintptr_t y, std::int64_t columns, std::int64_t depth,
@@ -177,7 +191,7 @@ void gemm_cpu(bool bf16, std::uintptr_t a, std::int64_t a_stride, std::int64_t r
     multiply(packed, pointer<const char>(a) + i * a_stride * (bf16 ? 2 : 4), a_stride, n, j, width,
              pointer<float>(out) + i * out_stride + j, out_stride);
   };
-  for_each_part(rows, columns, threads, part);
+  for_each_part(rows, columns, bf16, threads, part);
 }
 
 }  // namespace fastxm

@@ -61,30 +61,42 @@ struct Left {
   std::int64_t row, step;
 };
 
+// what the next product will take from far away: fetched meanwhile
+struct Ahead {
+  const void* data;
+  std::int64_t bytes;
+};
+
 // out [rows, columns] = a [rows, depth] times the packed columns from `first`, a multiple of 64; or
 // that is added to it
 void multiply(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
-              std::int64_t columns, float* out, std::int64_t out_stride, bool add = false);
+              std::int64_t columns, float* out, std::int64_t out_stride, bool add = false,
+              const Ahead& next = {});
 
 // the same of a whose rows stand a_stride elements apart
 void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
               std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride,
-              bool add = false);
+              bool add = false, const Ahead& next = {});
 
-constexpr int kTileRows = 6;         // of a register tile
-constexpr std::int64_t kPart = 240;  // most rows of a part
+constexpr int kTileRows = 6;             // of a register tile
+constexpr std::int64_t kMostRows = 240;  // of a part, by register tiles
+constexpr std::int64_t kWidest = 512;    // columns of a part, by tiles of AMX
 
-// f(first row, rows, first column, columns) for the parts of a product, of a panel's columns each
-// and of about one height, since each thread takes as many of them as any other
+// Most rows and columns of a part of a product: as many parts as keep every thread at work, of
+// about one height, and columns in whole panels.
+struct Part {
+  std::int64_t rows, columns;
+};
+Part part_of(std::int64_t rows, std::int64_t columns, bool bf16, int threads);
+
+// f(first row, rows, first column, columns) for the parts of a product
 template <class F>
-void for_each_part(std::int64_t rows, std::int64_t columns, int threads, F f) {
-  const std::int64_t parts = std::max<std::int64_t>(1, round_up(rows, kPart) / kPart);
-  const std::int64_t step =
-      std::max<std::int64_t>(kTileRows, round_up((rows + parts - 1) / parts, kTileRows));
+void for_each_part(std::int64_t rows, std::int64_t columns, bool bf16, int threads, F f) {
+  const Part part = part_of(rows, columns, bf16, threads);
 #pragma omp parallel for collapse(2) num_threads(threads)
-  for (std::int64_t i = 0; i < rows; i += step)
-    for (std::int64_t j = 0; j < columns; j += kPanel)
-      f(i, std::min(step, rows - i), j, std::min(kPanel, columns - j));
+  for (std::int64_t i = 0; i < rows; i += part.rows)
+    for (std::int64_t j = 0; j < columns; j += part.columns)
+      f(i, std::min(part.rows, rows - i), j, std::min(part.columns, columns - j));
 }
 
 void gemm_cpu(bool bf16, std::uintptr_t a, std::int64_t a_stride, std::int64_t rows,

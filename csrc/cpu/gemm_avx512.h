@@ -98,8 +98,8 @@ FASTXM_AVX512 FASTXM_INLINE __mmask16 first_of(std::int64_t n) {
 FASTXM_AVX512 void transpose_avx512(const std::uint32_t* from, std::int64_t stride,
                                     std::int64_t rows, std::int64_t columns, std::uint32_t* to,
                                     std::int64_t to_stride) {
-  for (std::int64_t j = 0; j < columns; j += 16)
-    for (std::int64_t i = 0; i < rows; i += 16) {
+  for (std::int64_t i = 0; i < rows; i += 16)
+    for (std::int64_t j = 0; j < columns; j += 16) {
       const __mmask16 width = first_of(columns - j), height = first_of(rows - i);
       __m512i block[16];
 #pragma GCC unroll 16

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/info_nce_block.h"
+#include "cpu/info_nce_gradients.h"
 
 namespace fastxm {
 namespace {
@@ -40,8 +41,10 @@ Panels panels_of(const Lines<E>& lines, std::int64_t depth) {
 }
 
 // as many rows as take `bytes`, each `width`: whole chunks
+template <class E>
 std::int64_t rows_of(std::int64_t bytes, std::int64_t width) {
-  return std::max<std::int64_t>(1, bytes / std::max<std::int64_t>(1, width) / kChunk) * kChunk;
+  const std::int64_t chunks = bytes / std::max<std::int64_t>(1, width) / kChunk<E>;
+  return std::max<std::int64_t>(1, chunks) * kChunk<E>;
 }
 
 int threads_of(const InfoNceProblem& p, int threads) {
@@ -54,16 +57,18 @@ void sums(const InfoNceProblem& p, float* row, float* column, std::int64_t works
   for (std::int64_t i = 0; i < p.rows; ++i) store(nothing, row + i, p.rows);
   for (std::int64_t j = 0; j < p.columns; ++j) store(nothing, column + j, p.columns);
   std::int64_t strips = (p.columns + kStrip - 1) / kStrip;
-  std::int64_t step = rows_of(workspace, strips * kStatistics * sizeof(float));
   with_element(p, [&](auto element) {
     using E = decltype(element);
+    std::int64_t step = rows_of<E>(workspace, strips * kStatistics * sizeof(float));
     Lines<E> columns_of_y(panels_size(p.columns, p.depth));
     const Panels columns = panels_of(columns_of_y, p.depth);
     pack_columns(columns, pointer<const E>(p.y), p.columns, p.depth, threads);
     auto* kept = pointer<Kept<E>>(p.kept);
+    const std::int64_t tiles = (p.rows + kTile<E> - 1) / kTile<E> * strips;
+    if (kept) prefer_large_pages(kept, tiles * sizeof(Kept<E>));
     for (std::int64_t i = 0; i < p.rows; i += step)
       fwd(block_of(p, i, std::min(step, p.rows - i)), products_of(p, i, columns), row + i, p.rows,
-          column, kept ? kept + i / kTile * strips : nullptr, threads);
+          column, kept ? kept + i / kTile<E> * strips : nullptr, threads);
   });
 }
 
@@ -104,29 +109,6 @@ std::vector<float> not_zero(std::uintptr_t factors, std::int64_t n) {
   return copy;
 }
 
-// gradients of the logits of a block's tiles: ds, and dsT its transpose
-template <class E>
-void gradient_block(const InfoNceBlock& b, const Products& make, const Terms<float>& terms,
-                    const Kept<E>* kept, E* ds, std::int64_t stride, E* turned,
-                    std::int64_t turned_stride, int threads) {
-  std::int64_t strips = (b.columns + kStrip - 1) / kStrip;
-  for_each_tile<float>(b, threads, [&](const Tile<float>& t, std::int64_t i, std::int64_t j, bool) {
-    alignas(64) float values[kTile * kStride];
-    Terms<float> here = terms;
-    here.rows += i;
-    if (terms.columns) here.columns += j;
-    const Kept<E>* own = kept ? kept + i / kTile * strips + j / kStrip : nullptr;
-    if (own && own->reference == own->reference) {
-      kept_tile(t, here, *own, values);
-    } else {
-      make(t, i, j);
-      bwd_tile(t, here, values, kStride);
-    }
-    spread_tile(values, t.rows, t.width, ds + i * stride + j, stride,
-                turned + j * turned_stride + i, turned_stride);
-  });
-}
-
 // gradients of Out: E, or float32
 template <class E, class Out>
 void gradients(InfoNceProblem p, const float* row_terms, const float* column_terms,
@@ -137,50 +119,42 @@ void gradients(InfoNceProblem p, const float* row_terms, const float* column_ter
   auto a = not_zero(p.row_factor, N), b = not_zero(p.column_factor, M);
   p.row_factor = reinterpret_cast<std::uintptr_t>(a.data());
   p.column_factor = reinterpret_cast<std::uintptr_t>(b.data());
-  std::int64_t strips = (M + kStrip - 1) / kStrip, tiles = (N + kTile - 1) / kTile * strips;
-  const auto* kept = pointer<const Kept<E>>(p.kept);
-  bool all = kept && std::none_of(kept, kept + tiles, [](const Kept<E>& tile) {
-               return tile.reference != tile.reference;
-             });
+  const std::int64_t strips = (M + kStrip - 1) / kStrip;
+  const std::int64_t tiles = (N + kTile<E> - 1) / kTile<E> * strips;
+  auto* kept = pointer<Kept<E>>(p.kept);
+  const bool all = kept && std::none_of(kept, kept + tiles, [](const Kept<E>& tile) {
+                     return tile.reference != tile.reference;
+                   });
   Lines<E> columns_of_y(all ? 0 : panels_size(M, D));
   const Panels columns = panels_of(columns_of_y, D);
   if (!all) pack_columns(columns, pointer<const E>(p.y), M, D, threads);
-  const std::int64_t height = round_up(M, kStep<E>);
-  Lines<E> rows_of_y(panels_size(D, height));
-  const Panels of_y = panels_of(rows_of_y, height);
-  pack_rows(of_y, pointer<const E>(p.y), M, D, D, 0, threads);
-  // rows of a block; lines that lie a power of two apart would share few places of the cache
-  const std::int64_t n = std::min(rows_of(workspace, 2 * M * sizeof(E)), round_up(N, kTile));
-  const std::int64_t stride = height + 32, turned_stride = n + 32;
-  Lines<E> ds(n * stride), turned(M * turned_stride), rows_of_x(panels_size(D, n));
-  // of dy, which bfloat16 would round with every block
-  Lines<float> sum(sizeof(Out) == 2 && n < N ? M * D : 0);
+  // where nothing is kept, it is made again of as many rows as `workspace` holds
+  const std::int64_t n = kept ? N : std::min(N, rows_of<E>(workspace, strips * kStrip * sizeof(E)));
+  Lines<Kept<E>> room(kept ? 0 : (n + kTile<E> - 1) / kTile<E> * strips);
+  const RowProducts<E> of_y(pointer<const E>(p.y), M, D, threads);
+  ColumnProducts<E> of_x(M, D);
   for (std::int64_t i = 0; i < N; i += n) {
-    std::int64_t here = std::min(n, N - i);
-    Terms<float> terms = {row_terms + i, column_terms, N, M, static_cast<float>(smoothing)};
-    gradient_block(block_of(p, i, here), products_of(p, i, columns), terms,
-                   kept ? kept + i / kTile * strips : nullptr, ds.data(), stride, turned.data(),
-                   turned_stride, threads);
-    for (std::int64_t k = 0; M < height && k < here; ++k) ds.data()[k * stride + M] = E{};
-    const Panels of_x = panels_of(rows_of_x, round_up(here, kStep<E>));
-    pack_rows(of_x, pointer<const E>(p.x) + i * D, here, D, D, 0, threads);
-    times(ds.data(), stride, here, of_y, D, dx + i * D, false, threads);
-    if (sum.data())
-      times(turned.data(), turned_stride, M, of_x, D, sum.data(), i > 0, threads);
-    else
-      times(turned.data(), turned_stride, M, of_x, D, dy, i > 0, threads);
+    const std::int64_t here = std::min(n, N - i);
+    const Terms<float> terms = {row_terms + i, column_terms, N, M, static_cast<float>(smoothing)};
+    const InfoNceBlock block = block_of(p, i, here);
+    const LogitGradients<E> ds = {block, products_of(p, i, columns), terms,
+                                  kept ? kept : room.data(), strips};
+    if (!kept) ds.remake(room.data(), threads);
+    of_y.multiply(ds, dx + i * D, threads);
+    of_x.add(ds, pointer<const E>(p.x) + i * D, i > 0, threads);
   }
-  if (N == 0) std::fill(dy, dy + M * D, Out{});
-  if constexpr (sizeof(Out) == 2)
-    if (sum.data()) round_rows(sum.data(), D, M, D, dy, D);
+  if (N == 0)
+    std::fill(dy, dy + M * D, Out{});
+  else
+    of_x.finish(dy, threads);
   inner(pointer<const E>(p.x), dx, N, D, a.data(), pointer<float>(out[2]), threads);
   if (out[3]) inner(pointer<const E>(p.y), dy, M, D, b.data(), pointer<float>(out[3]), threads);
 }
 
 }  // namespace
 
-std::array<std::int64_t, 4> info_nce_kept_cpu() {
-  return {kTile, kStrip, sizeof(Kept<float>), sizeof(Kept<bfloat16>)};
+std::array<std::int64_t, 5> info_nce_kept_cpu() {
+  return {kStrip, kTile<float>, sizeof(Kept<float>), kTile<bfloat16>, sizeof(Kept<bfloat16>)};
 }
 
 void info_nce_sums_cpu(const InfoNceProblemSizes& sizes, const InfoNceProblemAddresses& addresses,

@@ -43,8 +43,8 @@ void info_nce_bwd_cpu(const InfoNceSizes& sizes, const InfoNceAddresses& address
                       std::uintptr_t out, int threads);
 
 // All logits of rows x [rows, depth] and y [columns, depth], contiguous, of float32, or of bfloat16
-// and an even depth; rest as above. kept: 0, or a tile of `info_nce_kept_cpu` bytes for each
-// kTile rows and kStrip columns, which the forward writes and the backward reads.
+// and an even depth; rest as above. kept: 0, or what `info_nce_kept_cpu` tells for each tile, which
+// the forward writes and the backward reads.
 struct InfoNceProblem {
   std::int64_t bf16, rows, columns, depth, target;
   std::uintptr_t x, y, row_factor, column_factor, row_labels, column_labels, kept;
@@ -57,8 +57,8 @@ inline InfoNceProblem info_nce_problem(const InfoNceProblemSizes& s,
   return {s[0], s[1], s[2], s[3], s[4], a[0], a[1], a[2], a[3], a[4], a[5], a[6]};
 }
 
-// rows and columns of a tile, bytes of a kept one of float32 and of bfloat16
-std::array<std::int64_t, 4> info_nce_kept_cpu();
+// columns of a tile; its rows, and bytes of a kept one, of float32 and of bfloat16
+std::array<std::int64_t, 5> info_nce_kept_cpu();
 
 // row_stats [6, rows] and column_stats [5, columns], as above. workspace: bytes to keep within
 void info_nce_sums_cpu(const InfoNceProblemSizes& sizes, const InfoNceProblemAddresses& addresses,

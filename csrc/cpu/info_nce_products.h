@@ -5,37 +5,38 @@
 #include <cstring>
 
 #include "cpu/gemm.h"
-#include "cpu/info_nce_tile.h"
+#include "cpu/info_nce_rows.h"
 #include "cpu/simd.h"
 
 namespace fastxm {
 namespace {
 
-// a tile of rows `stride` apart, into `to`, and its transpose into `turned`, of bfloat16 with a row
-// of 0 after an odd number of them
-FASTXM_INLINE void spread_tile_of(const float* tile, std::int64_t stride, std::int64_t rows,
-                                  std::int64_t width, float* to, std::int64_t to_stride,
-                                  float* turned, std::int64_t turned_stride) {
+// rows of a tile [rows, kStrip], `stride` apart
+template <class E>
+FASTXM_INLINE void rows_to_of(const float* tile, std::int64_t rows, std::int64_t width, E* to,
+                              std::int64_t stride) {
   for (std::int64_t i = 0; i < rows; ++i)
-    std::memcpy(to + i * to_stride, tile + i * stride, sizeof(float) * width);
-  transpose(tile, stride, rows, width, turned, turned_stride);
+#pragma omp simd
+    for (std::int64_t j = 0; j < width; ++j) from_float(tile[i * kStrip + j], to[i * stride + j]);
 }
 
-FASTXM_INLINE void spread_tile_of(const float* tile, std::int64_t stride, std::int64_t rows,
-                                  std::int64_t width, bfloat16* to, std::int64_t to_stride,
-                                  bfloat16* turned, std::int64_t turned_stride) {
-  std::uint32_t pairs[kTile / 2 * kStrip];  // of two rows
-  for (std::int64_t i = 0; i < rows; i += 2) {
-    for (std::int64_t k = i; k < std::min(rows, i + 2); ++k)
-#pragma omp simd
-      for (std::int64_t j = 0; j < width; ++j)
-        from_float(tile[k * stride + j], to[k * to_stride + j]);
-    const bfloat16 *low = to + i * to_stride, *high = i + 1 < rows ? low + to_stride : nullptr;
-    std::uint32_t* pair = pairs + i / 2 * kStrip;
-    for (std::int64_t j = 0; j < width; ++j)
-      pair[j] = high ? low[j].bits | std::uint32_t{high[j].bits} << 16 : low[j].bits;
-  }
-  transpose(pairs, kStrip, (rows + 1) / 2, width, turned, turned_stride / 2);
+// the same as steps of panels that lie `panel` elements apart; of bfloat16 two rows make one, an
+// odd last one and 0
+FASTXM_INLINE void steps_to_of(const float* tile, std::int64_t rows, std::int64_t width,
+                               float* panels, std::int64_t panel) {
+  for (std::int64_t j = 0; j < width; j += kPanel, panels += panel)
+    for (std::int64_t i = 0; i < rows; ++i)
+      std::memcpy(panels + i * kPanel, tile + i * kStrip + j,
+                  sizeof(float) * std::min(kPanel, width - j));
+}
+FASTXM_INLINE void steps_to_of(const float* tile, std::int64_t rows, std::int64_t width,
+                               bfloat16* panels, std::int64_t panel) {
+  for (std::int64_t i = 0; i < rows; i += 2)
+    for (std::int64_t j = 0; j < width; ++j) {
+      bfloat16* pair = panels + j / kPanel * panel + i * kPanel + j % kPanel * 2;
+      from_float(tile[i * kStrip + j], pair[0]);
+      from_float(i + 1 < rows ? tile[(i + 1) * kStrip + j] : 0.0f, pair[1]);
+    }
 }
 
 FASTXM_MULTIARCH void round_rows(const float* from, std::int64_t stride, std::int64_t rows,
@@ -46,22 +47,28 @@ FASTXM_MULTIARCH void round_rows(const float* from, std::int64_t stride, std::in
       from_float(from[i * stride + j], to[i * to_stride + j]);
 }
 
-// out [rows, columns] = a [rows, depth] times packed columns, or, of float32, that is added to it
-template <class E, class Out>
-void times(const E* a, std::int64_t a_stride, std::int64_t rows, const Panels& panels,
-           std::int64_t columns, Out* out, bool add, int threads) {
-  auto part = [&](std::int64_t i, std::int64_t n, std::int64_t j, std::int64_t width) {
-    const E* from = a + i * a_stride;
-    Out* to = out + i * columns + j;
-    if constexpr (sizeof(Out) == 4) {
-      multiply(panels, from, a_stride, n, j, width, to, columns, add);
-    } else {
-      alignas(64) float product[kPart * kPanel];
-      multiply(panels, from, a_stride, n, j, width, product, kPanel);
-      round_rows(product, kPanel, n, width, to, columns);
-    }
-  };
-  for_each_part(rows, columns, threads, part);
+// to [columns, stride] = the transpose of x [rows, columns]; of bfloat16 with a 0 after an odd row
+template <class E>
+void turn(const E* x, std::int64_t rows, std::int64_t columns, E* to, std::int64_t stride) {
+  const std::int64_t depth = round_up(rows, kStep<E>);
+  Lines<E> room(panels_size(columns, depth));
+  const Panels panels = {sizeof(E) == 2, depth, reinterpret_cast<std::uintptr_t>(room.data())};
+  pack_rows(panels, x, rows, columns, columns, 0, 1);
+  for (std::int64_t j = 0; j < columns; j += kPanel)
+    transpose(room.data() + j * depth, kPanel, depth / kStep<E>, std::min(kPanel, columns - j),
+              to + j * stride, stride / kStep<E>);
+}
+
+// to [columns, rows] = the transpose of x [rows, stride]
+inline void turn_back(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                      float* to) {
+  transpose(x, stride, rows, columns, to, rows);
+}
+inline void turn_back(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                      bfloat16* to) {
+  Lines<float> room(columns * rows);
+  transpose(x, stride, rows, columns, room.data(), rows);
+  round_rows(room.data(), rows, columns, rows, to, rows);
 }
 
 // out[i] = <x[i], dx[i]> / factor[i]
@@ -90,8 +97,8 @@ template <class E, class Out>
 void inner(const E* x, const Out* dx, std::int64_t rows, std::int64_t depth, const float* factor,
            float* out, int threads) {
 #pragma omp parallel for num_threads(threads)
-  for (std::int64_t i = 0; i < rows; i += kTile)
-    inner_rows(x + i * depth, dx + i * depth, std::min(kTile, rows - i), depth, factor + i,
+  for (std::int64_t i = 0; i < rows; i += kTallest)
+    inner_rows(x + i * depth, dx + i * depth, std::min(kTallest, rows - i), depth, factor + i,
                out + i);
 }
 

@@ -31,6 +31,11 @@ inline const char* cpu_level() {
 #endif
 }
 
+inline bool has_avx512() {
+  static const bool has = !std::strcmp(cpu_level(), "avx512");
+  return has;
+}
+
 // a pointer that arrived from Python as an integer
 template <class T>
 T* pointer(std::uintptr_t address) {

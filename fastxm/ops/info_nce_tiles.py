@@ -16,7 +16,7 @@ from fastxm.ops import info_nce_blocks as blocks
 from fastxm.ops.info_nce_sums import Forward, candidates
 
 WORKSPACE = 32 << 20  # bytes that sums of rows, or gradients of logits, may take
-ROWS, COLUMNS, *BYTES = _C.info_nce_kept_cpu()  # of a tile
+COLUMNS, *KEPT = _C.info_nce_kept_cpu()  # of a tile; its rows and bytes, float32 and bfloat16
 
 
 def fits(x: Tensor, y: Tensor) -> bool:
@@ -31,8 +31,9 @@ def halves(x: Tensor, y: Tensor) -> bool:
 
 def kept(x: Tensor, y: Tensor, stored: bool) -> Tensor:
     """A place for what the forward keeps, a row a tile; of no tiles if it keeps nothing."""
-    tiles = -(-x.shape[0] // ROWS) * -(-y.shape[0] // COLUMNS) if stored else 0
-    return x.new_empty(tiles, BYTES[halves(x, y)], dtype=torch.uint8)
+    rows, size = KEPT[2:] if halves(x, y) else KEPT[:2]
+    tiles = -(-x.shape[0] // rows) * -(-y.shape[0] // COLUMNS) if stored else 0
+    return x.new_empty(tiles, size, dtype=torch.uint8)
 
 
 def sums(x, y, a, b, row_labels, labels, offset, stored, count=4) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,302 @@
+// Tiles of InfoNCE without labels by AVX-512, a panel's columns at a time, so that sums over them
+// stay in registers; elsewhere the loops of info_nce_rows.h.
+#pragma once
+
+#include "cpu/info_nce_products.h"
+#include "cpu/info_nce_rows.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define FASTXM_VECTORS
+#include <immintrin.h>
+#endif
+
+namespace fastxm {
+namespace {
+
+#ifdef FASTXM_VECTORS
+
+#define FASTXM_AVX512 __attribute__((target("arch=x86-64-v4")))
+// no instruction of AVX512-BF16 but those named comes of it: what is float32 runs on any AVX-512
+#define FASTXM_AVX512_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
+
+// columns of a panel that a tile has
+struct Lanes {
+  static constexpr int count = 4;
+  __mmask16 of[count];
+
+  FASTXM_AVX512 explicit FASTXM_INLINE Lanes(std::int64_t width) {
+    for (int v = 0; v < count; ++v)
+      of[v] = static_cast<__mmask16>((1u << std::clamp<std::int64_t>(width - 16 * v, 0, 16)) - 1);
+  }
+};
+
+constexpr std::int64_t kAhead = 2048;  // bytes: what is kept of a tile is read from far away
+
+// as `probability`; 0 in other lanes
+FASTXM_AVX512 FASTXM_INLINE __m512 probability(__m512 x, __mmask16 mask) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+  __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693145751953125f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(-1.42860682030941723e-6f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1)));
+  mask = _mm512_mask_cmp_ps_mask(mask, x, _mm512_set1_ps(-69), _CMP_NLT_UQ);  // NaN stays
+  return _mm512_maskz_scalef_ps(mask, p, n);
+}
+
+FASTXM_AVX512 FASTXM_INLINE void round_to(__m512 x, float* to, __mmask16 mask) {
+  _mm512_mask_storeu_ps(to, mask, x);
+}
+FASTXM_AVX512_BF16 FASTXM_INLINE void round_to(__m512 x, bfloat16* to, __mmask16 mask) {
+  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+FASTXM_AVX512 FASTXM_INLINE __m512 wide(const float* from, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, from);
+}
+FASTXM_AVX512 FASTXM_INLINE __m512 wide(const bfloat16* from, __mmask16 mask) {
+  __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+
+FASTXM_AVX512 void scale_tile_avx512(const Tile<float>& t, float* row_top, float* column_top) {
+  const __m512 nothing = _mm512_set1_ps(-INFINITY);
+  __m512 of_rows[kTallest];
+  for (__m512& top : of_rows) top = nothing;
+  for (std::int64_t j = 0; j < t.width; j += kPanel) {
+    const Lanes lanes(t.width - j);
+    __m512 factors[Lanes::count], top[Lanes::count];
+    for (int v = 0; v < Lanes::count; ++v) {
+      factors[v] = _mm512_maskz_loadu_ps(lanes.of[v], t.column_factor + j + 16 * v);
+      top[v] = nothing;
+    }
+    for (std::int64_t i = 0; i < t.rows; ++i) {
+      const float* from = t.products + i * t.stride + j;
+      const __m512 factor = _mm512_set1_ps(t.row_factor[i]);
+      __m512 of_row = of_rows[i];
+#pragma GCC unroll 4
+      for (int v = 0; v < Lanes::count; ++v) {
+        __m512 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes.of[v], from + 16 * v),
+                                 _mm512_mul_ps(factor, factors[v]));
+        _mm512_mask_storeu_ps(t.s + i * kStrip + j + 16 * v, lanes.of[v], s);
+        of_row = _mm512_mask_max_ps(of_row, lanes.of[v], s, of_row);  // NaN counts for nothing
+        top[v] = _mm512_max_ps(s, top[v]);
+      }
+      of_rows[i] = of_row;
+    }
+    for (int v = 0; v < Lanes::count; ++v)
+      _mm512_mask_storeu_ps(column_top + j + 16 * v, lanes.of[v], top[v]);
+  }
+  for (std::int64_t i = 0; i < t.rows; ++i) row_top[i] = _mm512_reduce_max_ps(of_rows[i]);
+}
+
+template <class E>
+FASTXM_AVX512_BF16 void shared_sums_avx512(const Tile<float>& t,
+                                           const References<float>& references, float* row,
+                                           std::int64_t row_stride, ColumnSums<float>& columns,
+                                           E* keep) {
+  struct {
+    __m512 exps, dots, plain;
+  } rows[kTallest] = {};
+  for (std::int64_t j = 0; j < t.width; j += kPanel) {
+    const Lanes lanes(t.width - j);
+    __m512 exps[Lanes::count] = {}, dots[Lanes::count] = {}, plain[Lanes::count] = {};
+    for (std::int64_t i = 0; i < t.rows; ++i) {
+      auto here = rows[i];
+      const __m512 own = _mm512_set1_ps(references.own[i]);
+      const __m512 shift = _mm512_set1_ps(references.shift[i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Lanes::count; ++v) {
+        const __m512 s = _mm512_maskz_loadu_ps(lanes.of[v], t.s + i * kStrip + j + 16 * v);
+        __m512 e = probability(_mm512_sub_ps(s, own), lanes.of[v]);
+        here.exps = _mm512_add_ps(here.exps, e), here.dots = _mm512_fmadd_ps(e, s, here.dots);
+        here.plain = _mm512_add_ps(here.plain, s), plain[v] = _mm512_add_ps(plain[v], s);
+        e = _mm512_mul_ps(e, shift);
+        exps[v] = _mm512_add_ps(exps[v], e), dots[v] = _mm512_fmadd_ps(e, s, dots[v]);
+        if (keep) round_to(e, keep + j * kTile<E> + i * kPanel + 16 * v, lanes.of[v]);
+      }
+      rows[i] = here;
+    }
+    for (int v = 0; v < Lanes::count; ++v) {
+      _mm512_store_ps(columns.exps + j + 16 * v, exps[v]);
+      _mm512_store_ps(columns.dots + j + 16 * v, dots[v]);
+      _mm512_store_ps(columns.plain + j + 16 * v, plain[v]);
+    }
+  }
+  for (std::int64_t i = 0; i < t.rows; ++i) {
+    const float own = references.own[i];
+    store<float>({own, _mm512_reduce_add_ps(rows[i].exps), _mm512_reduce_add_ps(rows[i].dots),
+                  _mm512_reduce_add_ps(rows[i].plain), own},
+                 row + i, row_stride);
+  }
+}
+
+template <class E>
+FASTXM_AVX512_BF16 void shared_gradient_avx512(const Tile<float>& t,
+                                               const References<float>& references,
+                                               const Shares<float>& shares, const E* kept,
+                                               float* out, std::int64_t stride) {
+  const __m512 least = _mm512_set1_ps(1e-36f);
+  for (std::int64_t j = 0; j < t.width; j += kPanel) {
+    const Lanes lanes(t.width - j);
+    __m512 factors[Lanes::count], share[Lanes::count], even[Lanes::count];
+    for (int v = 0; v < Lanes::count; ++v) {
+      factors[v] = _mm512_maskz_loadu_ps(lanes.of[v], t.column_factor + j + 16 * v);
+      share[v] = _mm512_load_ps(shares.columns + j + 16 * v);
+      even[v] = _mm512_load_ps(shares.even_columns + j + 16 * v);
+    }
+    for (std::int64_t i = 0; i < t.rows; ++i) {
+      const __m512 row_share = _mm512_set1_ps(shares.rows[i]);
+      const __m512 row_even = _mm512_set1_ps(shares.even_rows[i]);
+      const __m512 factor = _mm512_set1_ps(t.row_factor[i]);
+      const __m512 own = _mm512_set1_ps(kept ? 0 : references.own[i]);
+      const __m512 shift = _mm512_set1_ps(kept ? 1 : references.shift[i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Lanes::count; ++v) {
+        __m512 e;
+        if (kept) {
+          const E* at = kept + j * kTile<E> + i * kPanel + 16 * v;
+          if (v * sizeof(E) % 4 == 0) _mm_prefetch(at + kAhead / sizeof(E), _MM_HINT_T0);
+          e = wide(at, lanes.of[v]);
+        } else {
+          const __m512 s = _mm512_maskz_loadu_ps(lanes.of[v], t.s + i * kStrip + j + 16 * v);
+          e = _mm512_mul_ps(probability(_mm512_sub_ps(s, own), lanes.of[v]), shift);
+        }
+        __m512 ds = _mm512_mul_ps(e, _mm512_add_ps(row_share, share[v]));
+        ds = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(ds), least, _CMP_NLT_UQ), ds);
+        ds = _mm512_sub_ps(ds, _mm512_add_ps(row_even, even[v]));
+        ds = _mm512_mul_ps(ds, _mm512_mul_ps(factor, factors[v]));
+        _mm512_mask_storeu_ps(out + i * stride + j + 16 * v, lanes.of[v], ds);
+      }
+    }
+  }
+}
+
+template <class E>
+FASTXM_AVX512_BF16 void exponentials_avx512(const Tile<float>& t,
+                                            const References<float>& references, E* keep) {
+  for (std::int64_t j = 0; j < t.width; j += kPanel) {
+    const Lanes lanes(t.width - j);
+    for (std::int64_t i = 0; i < t.rows; ++i) {
+      const __m512 own = _mm512_set1_ps(references.own[i]);
+      const __m512 shift = _mm512_set1_ps(references.shift[i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Lanes::count; ++v) {
+        const __m512 s = _mm512_maskz_loadu_ps(lanes.of[v], t.s + i * kStrip + j + 16 * v);
+        const __m512 e = probability(_mm512_sub_ps(s, own), lanes.of[v]);
+        round_to(_mm512_mul_ps(e, shift), keep + j * kTile<E> + i * kPanel + 16 * v, lanes.of[v]);
+      }
+    }
+  }
+}
+
+template <class E>
+FASTXM_AVX512_BF16 void rows_avx512(const float* tile, std::int64_t rows, std::int64_t width, E* to,
+                                    std::int64_t stride) {
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t j = 0; j < width; j += 16) {
+      const Lanes lanes(width - j);
+      const __m512 x = _mm512_maskz_loadu_ps(lanes.of[0], tile + i * kStrip + j);
+      round_to(x, to + i * stride + j, lanes.of[0]);
+    }
+}
+
+FASTXM_AVX512_BF16 void steps_avx512(const float* tile, std::int64_t rows, std::int64_t width,
+                                     bfloat16* panels, std::int64_t panel) {
+  alignas(64) std::uint16_t order[32];
+  for (int k = 0; k < 32; ++k) order[k] = static_cast<std::uint16_t>(k / 2 + k % 2 * 16);
+  const __m512i beside = _mm512_load_si512(order);
+  for (std::int64_t j = 0; j < width; j += kPanel, panels += panel) {
+    const Lanes lanes(width - j);
+    for (std::int64_t i = 0; i < rows; i += 2) {
+      const bool two = i + 1 < rows;
+#pragma GCC unroll 4
+      for (int v = 0; v < Lanes::count; ++v) {
+        const float* from = tile + i * kStrip + j + 16 * v;
+        const __m512 low = _mm512_maskz_loadu_ps(lanes.of[v], from);
+        const __m512 high = _mm512_maskz_loadu_ps(two ? lanes.of[v] : __mmask16{0}, from + kStrip);
+        const auto both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        _mm512_storeu_si512(panels + i * kPanel + 32 * v, _mm512_permutexvar_epi16(beside, both));
+      }
+    }
+  }
+}
+
+#endif
+
+// Whether tiles of T are for the functions above.
+template <class T>
+FASTXM_INLINE bool by_vectors() {
+#ifdef FASTXM_VECTORS
+  return std::is_same_v<T, float> && has_avx512();
+#else
+  return false;
+#endif
+}
+
+template <class T>
+FASTXM_INLINE void scale_tile(const Tile<T>& t, T* row_top, T* column_top) {
+#ifdef FASTXM_VECTORS
+  if constexpr (std::is_same_v<T, float>)
+    if (by_vectors<T>() && !t.column_labels) return scale_tile_avx512(t, row_top, column_top);
+#endif
+  scale_tile_of(t, row_top, column_top);
+}
+
+template <class T, class E>
+FASTXM_INLINE void shared_sums(const Tile<T>& t, const References<T>& references, T* row,
+                               std::int64_t row_stride, ColumnSums<T>& columns, E* keep) {
+#ifdef FASTXM_VECTORS
+  if constexpr (std::is_same_v<T, float>)
+    if (by_vectors<T>()) return shared_sums_avx512(t, references, row, row_stride, columns, keep);
+#endif
+  shared_sums_of(t, references, row, row_stride, columns, keep);
+}
+
+template <class T, class E>
+FASTXM_INLINE void shared_gradient(const Tile<T>& t, const References<T>& references,
+                                   const Shares<T>& shares, const E* kept, T* out,
+                                   std::int64_t stride) {
+#ifdef FASTXM_VECTORS
+  if constexpr (std::is_same_v<T, float>)
+    if (by_vectors<T>()) return shared_gradient_avx512(t, references, shares, kept, out, stride);
+#endif
+  shared_gradient_of(t, references, shares, kept, out, stride);
+}
+
+template <class T, class E>
+FASTXM_INLINE void exponentials(const Tile<T>& t, const References<T>& references, E* keep) {
+#ifdef FASTXM_VECTORS
+  if constexpr (std::is_same_v<T, float>)
+    if (by_vectors<T>()) return exponentials_avx512(t, references, keep);
+#endif
+  exponentials_of(t, references, keep);
+}
+
+template <class E>
+FASTXM_INLINE void rows_to(const float* tile, std::int64_t rows, std::int64_t width, E* to,
+                           std::int64_t stride) {
+#ifdef FASTXM_VECTORS
+  if (by_vectors<float>()) return rows_avx512(tile, rows, width, to, stride);
+#endif
+  rows_to_of(tile, rows, width, to, stride);
+}
+
+FASTXM_INLINE void steps_to(const float* tile, std::int64_t rows, std::int64_t width, float* panels,
+                            std::int64_t panel) {
+  steps_to_of(tile, rows, width, panels, panel);
+}
+FASTXM_INLINE void steps_to(const float* tile, std::int64_t rows, std::int64_t width,
+                            bfloat16* panels, std::int64_t panel) {
+#ifdef FASTXM_VECTORS
+  if (by_vectors<float>()) return steps_avx512(tile, rows, width, panels, panel);
+#endif
+  steps_to_of(tile, rows, width, panels, panel);
+}
+
+}  // namespace
+}  // namespace fastxm

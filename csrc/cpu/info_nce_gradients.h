@@ -1,0 +1,177 @@
+// InfoNCE's gradients: products of the logits' gradients, which are made tile by tile where a
+// product takes them, and are nowhere as a whole.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/info_nce_block.h"
+#include "cpu/info_nce_products.h"
+
+namespace fastxm {
+namespace {
+
+// Gradients of the logits of a block, times both factors.
+template <class E>
+struct LogitGradients {
+  const InfoNceBlock& b;
+  Products make;
+  Terms<float> terms;
+  const Kept<E>* kept;  // of each tile
+  std::int64_t strips;
+
+  Terms<float> terms_at(std::int64_t i, std::int64_t j) const {
+    Terms<float> here = terms;
+    here.rows += i;
+    if (terms.columns) here.columns += j;
+    return here;
+  }
+
+  // makes again what the forward would have kept of the tiles
+  void remake(Kept<E>* to, int threads) const {
+    auto run = [&](const Tile<float>& t, std::int64_t i, std::int64_t j, bool) {
+      make(t, i, j);
+      remake_tile(t, terms_at(i, j), to[i / kTile<E> * strips + j / kStrip]);
+    };
+    for_each_tile<float, E>(b, threads, run);
+  }
+
+  // values [rows, kStrip] of the tile from row i and column j on, which is returned
+  Tile<float> operator()(std::int64_t i, std::int64_t j, float* scratch, float* values) const {
+    const Tile<float> t = tile_at(b, i, std::min(kTile<E>, b.rows - i), j, scratch);
+    const Kept<E>& own = kept[i / kTile<E> * strips + j / kStrip];
+    if (own.reference == own.reference) {
+      kept_tile(t, terms_at(i, j), own, values);
+    } else {
+      make(t, i, j);
+      bwd_tile(t, terms_at(i, j), values, kStrip);
+    }
+    return t;
+  }
+};
+
+// rows that the products with x take at a time, as those with y take kStrip columns: what they have
+// of the gradients, of the other factor, and of sums stays in the second level of the cache
+template <class E>
+constexpr std::int64_t kRowsAtOnce = kStrip / kTile<E> * kTile<E>;
+
+// Products with y [M, D]: gradients of x.
+template <class E>
+class RowProducts {
+ public:
+  RowProducts(const E* y, std::int64_t M, std::int64_t D, int threads)
+      : M_(M), D_(D), packed_((M + kDeep - 1) / kDeep * panels_size(D, kDeep)) {
+    for (std::int64_t j = 0; j < M; j += kDeep)
+      pack_rows(panels(j), y + j * D, std::min(kDeep, M - j), D, D, 0, threads);
+  }
+
+  // dx [rows, D] = gradients times y
+  template <class Out>
+  void multiply(const LogitGradients<E>& ds, Out* dx, int threads) const {
+    const std::int64_t rows = ds.b.rows;
+    std::int64_t tiles = sizeof(E) == 2 ? 8 : 10;  // of a part
+    auto few = [&] { return rows < 2 * threads * tiles * kTile<E>; };
+    while (tiles > 1 && (few() || tiles * kTile<E> * D_ > (1 << 18))) tiles = (tiles + 1) / 2;
+    const std::int64_t part = tiles * kTile<E>;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (std::int64_t i = 0; i < rows; i += part)
+      multiply_part(ds, i, std::min(part, rows - i), dx + i * D_);
+  }
+
+ private:
+  static constexpr std::int64_t kDeep = kStrip, kApart = kDeep + 32;
+
+  // what of y the chunk of columns from j on is multiplied by
+  Panels panels(std::int64_t j) const {
+    const E* data = packed_.data() + j / kDeep * panels_size(D_, kDeep);
+    return {sizeof(E) == 2, round_up(std::min(kDeep, M_ - j), kStep<E>),
+            reinterpret_cast<std::uintptr_t>(data)};
+  }
+
+  template <class Out>
+  void multiply_part(const LogitGradients<E>& ds, std::int64_t first, std::int64_t rows,
+                     Out* dx) const {
+    constexpr bool direct = sizeof(Out) == 4;
+    const std::int64_t stride = direct ? D_ : D_ + 16;
+    alignas(64) float scratch[kTile<E> * kStrip], values[kTile<E> * kStrip];
+    Lines<E> chunk(rows * kApart);
+    Lines<float> sums(direct ? 0 : rows * stride);
+    float* out = sums.data();
+    if constexpr (direct) out = dx;
+    if (M_ == 0) std::fill(out, out + rows * stride, 0.0f);
+    for (std::int64_t j = 0; j < M_; j += kDeep) {
+      const std::int64_t width = std::min(kDeep, M_ - j);
+      for (std::int64_t i = 0; i < rows; i += kTile<E>) {
+        const Tile<float> t = ds(first + i, j, scratch, values);
+        tile_rows(values, t.rows, t.width, chunk.data() + i * kApart, kApart);
+      }
+      for (std::int64_t i = 0; width % kStep<E> && i < rows; ++i)
+        chunk.data()[i * kApart + width] = E{};
+      const std::int64_t bytes = panels_size(D_, kDeep) * sizeof(E);
+      const char* own = pointer<const char>(panels(j).data);
+      fastxm::multiply(panels(j), chunk.data(), kApart, rows, 0, D_, out, stride, j > 0,
+                       {own + bytes, bytes});
+    }
+    if constexpr (!direct) round_rows(out, stride, rows, D_, dx, D_);
+  }
+
+  std::int64_t M_, D_;
+  Lines<E> packed_;
+};
+
+// Products with x [N, D]: gradients of y, as sums [D, kStrip] for each strip of columns.
+template <class E>
+class ColumnProducts {
+ public:
+  ColumnProducts(std::int64_t M, std::int64_t D)
+      : M_(M), D_(D), sums_((M + kStrip - 1) / kStrip * D * kApart) {}
+
+  // the sums = x's transpose times gradients, or that is added to them
+  void add(const LogitGradients<E>& ds, const E* x, bool add, int threads) {
+    const std::int64_t rows = ds.b.rows;
+    Lines<E> turned((rows + kDeep - 1) / kDeep * D_ * kTurned);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+      for (std::int64_t i = 0; i < rows; i += kDeep)
+        turn(x + i * D_, std::min(kDeep, rows - i), D_, turned.data() + i / kDeep * D_ * kTurned,
+             kTurned);
+#pragma omp for schedule(dynamic)
+      for (std::int64_t j = 0; j < M_; j += kStrip) add_strip(ds, turned.data(), j, add);
+    }
+  }
+
+  template <class Out>
+  void finish(Out* dy, int threads) const {
+#pragma omp parallel for num_threads(threads)
+    for (std::int64_t j = 0; j < M_; j += kStrip)
+      turn_back(strip(j), kApart, D_, std::min(kStrip, M_ - j), dy + j * D_);
+  }
+
+ private:
+  static constexpr std::int64_t kDeep = kRowsAtOnce<E>, kTurned = kDeep + 32, kApart = kStrip + 16;
+
+  float* strip(std::int64_t j) const { return sums_.data() + j / kStrip * D_ * kApart; }
+
+  void add_strip(const LogitGradients<E>& ds, const E* turned, std::int64_t j, bool add) const {
+    alignas(64) float scratch[kTile<E> * kStrip], values[kTile<E> * kStrip];
+    Lines<E> chunk(panels_size(kStrip, kDeep));
+    const std::int64_t width = std::min(kStrip, M_ - j);
+    for (std::int64_t i = 0; i < ds.b.rows; i += kDeep, turned += D_ * kTurned) {
+      const std::int64_t rows = std::min(kDeep, ds.b.rows - i), depth = round_up(rows, kStep<E>);
+      for (std::int64_t k = 0; k < rows; k += kTile<E>) {
+        const Tile<float> t = ds(i + k, j, scratch, values);
+        tile_steps(values, t.rows, t.width, chunk.data() + k * kPanel, depth * kPanel);
+      }
+      const Panels panels = {sizeof(E) == 2, depth, reinterpret_cast<std::uintptr_t>(chunk.data())};
+      const std::int64_t size = D_ * kTurned;
+      multiply(panels, turned, kTurned, D_, 0, width, strip(j), kApart, add || i > 0,
+               {turned + size, size * static_cast<std::int64_t>(sizeof(E))});
+    }
+  }
+
+  std::int64_t M_, D_;
+  Lines<float> sums_;
+};
+
+}  // namespace
+}  // namespace fastxm
