@@ -36,9 +36,9 @@ void times_panel(const char* a, std::int64_t a_row, std::int64_t a_step, std::in
 // what stays in a near cache
 template <class Tile>
 void multiply_as(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
-                 std::int64_t columns, float* out, std::int64_t out_stride, bool add,
-                 const Ahead&) {
-  std::int64_t steps = panels.depth / Tile::step, bytes = steps * 4 * kPanel;
+                 std::int64_t columns, float* out, std::int64_t out_stride, bool add) {
+  std::int64_t steps = panels.depth / Tile::step;
+  const std::int64_t bytes = panels.apart() / Tile::step * 4 * kPanel;
   const char* panel = pointer<const char>(panels.data) + first / kPanel * bytes;
   const char* row = static_cast<const char*>(a.data);
   for (std::int64_t j = 0; j < columns; j += kPanel, panel += bytes)
@@ -61,12 +61,11 @@ bool gemm_amx() {
 }
 
 void multiply(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
-              std::int64_t columns, float* out, std::int64_t out_stride, bool add,
-              const Ahead& next) {
+              std::int64_t columns, float* out, std::int64_t out_stride, bool add) {
   auto* run = panels.bf16    ? gemm_amx() ? multiply_amx : multiply_as<Avx512<Pair>>
               : has_avx512() ? multiply_as<Avx512<Float>>
                              : multiply_as<Avx2>;
-  run(panels, a, rows, first, columns, out, out_stride, add, next);
+  run(panels, a, rows, first, columns, out, out_stride, add);
 }
 
 void transpose(const void* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
@@ -137,7 +136,7 @@ const char* gemm_level() { return ""; }
 bool gemm_amx() { return false; }
 
 void multiply(const Panels&, const Left&, std::int64_t, std::int64_t, std::int64_t, float*,
-              std::int64_t, bool, const Ahead&) {}
+              std::int64_t, bool) {}
 
 void transpose(const void*, std::int64_t, std::int64_t, std::int64_t, void*, std::int64_t) {}
 
@@ -150,9 +149,9 @@ void pack_columns(const Panels&, const void*, std::int64_t, std::int64_t, int) {
 
 void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
               std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride,
-              bool add, const Ahead& next) {
+              bool add) {
   multiply(panels, Left{a, a_stride * (panels.bf16 ? 2 : 4), 4}, rows, first, columns, out,
-           out_stride, add, next);
+           out_stride, add);
 }
 
 Part part_of(std::int64_t rows, std::int64_t columns, bool bf16, int threads) {

@@ -28,6 +28,9 @@ struct Panels {
   bool bf16;
   std::int64_t depth;
   std::uintptr_t data;
+  std::int64_t whole = 0;  // depth from panel to panel, where this is a part of it
+
+  std::int64_t apart() const { return whole ? whole : depth; }
 };
 
 inline std::int64_t panels_size(std::int64_t columns, std::int64_t depth) {
@@ -61,22 +64,15 @@ struct Left {
   std::int64_t row, step;
 };
 
-// what the next product will take from far away: fetched meanwhile
-struct Ahead {
-  const void* data;
-  std::int64_t bytes;
-};
-
 // out [rows, columns] = a [rows, depth] times the packed columns from `first`, a multiple of 64; or
 // that is added to it
 void multiply(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
-              std::int64_t columns, float* out, std::int64_t out_stride, bool add = false,
-              const Ahead& next = {});
+              std::int64_t columns, float* out, std::int64_t out_stride, bool add = false);
 
 // the same of a whose rows stand a_stride elements apart
 void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::int64_t rows,
               std::int64_t first, std::int64_t columns, float* out, std::int64_t out_stride,
-              bool add = false, const Ahead& next = {});
+              bool add = false);
 
 constexpr int kTileRows = 6;             // of a register tile
 constexpr std::int64_t kMostRows = 240;  // of a part, by register tiles

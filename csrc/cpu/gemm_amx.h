@@ -49,11 +49,10 @@ struct alignas(64) TileShapes {
 static_assert(sizeof(TileShapes) == 64);
 
 // out = rows of a, `a_row` bytes apart, times columns of a panel, or that is added to it; Rows and
-// Columns halves of them; `lines` of what lies ahead are fetched with every 16 steps
+// Columns halves of them
 template <int Rows, int Columns>
 FASTXM_AMX void amx_tile(const char* a, std::int64_t a_row, const char* panel, std::int64_t steps,
-                         float* out, std::int64_t out_stride, bool add, const char* ahead,
-                         std::int64_t lines) {
+                         float* out, std::int64_t out_stride, bool add) {
   const std::int64_t stride = 4 * out_stride, across = 4 * kPanel;
   float* below = out + kSide * out_stride;
   settle(out);
@@ -72,7 +71,6 @@ FASTXM_AMX void amx_tile(const char* a, std::int64_t a_row, const char* panel, s
     _tile_loadd(4, a, a_row);
     _tile_loadd(6, panel, across);
     _tile_dpbf16ps(0, 4, 6);
-    for (std::int64_t i = 0; i < lines; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
     if constexpr (Columns > 1) {
       _tile_loadd(7, panel + 4 * kSide, across);
       _tile_dpbf16ps(1, 4, 7);
@@ -90,43 +88,56 @@ FASTXM_AMX void amx_tile(const char* a, std::int64_t a_row, const char* panel, s
   settle(out);
 }
 
+// Products of 32 rows and 32 columns, or of what there is of them; tiles are shaped anew where that
+// or the steps of one tile are not as before.
+struct Shaped {
+  std::int64_t height = 0, width = 0, side = 0;
+
+  FASTXM_AMX void operator()(const Left& a, const char* panel, std::int64_t steps,
+                             std::int64_t rows, std::int64_t columns, float* out,
+                             std::int64_t out_stride, bool add) {
+    const std::int64_t most = std::min(kSide, steps);
+    if (rows != height || columns != width || most != side) {
+      height = rows, width = columns, side = most;
+      const TileShapes shapes(height, width, side);
+      settle(&shapes);
+      _tile_loadconfig(&shapes);
+    }
+    auto* run = rows <= kSide ? (columns <= kSide ? amx_tile<1, 1> : amx_tile<1, 2>)
+                              : (columns <= kSide ? amx_tile<2, 1> : amx_tile<2, 2>);
+    run(static_cast<const char*>(a.data), a.row, panel, steps, out, out_stride, add);
+  }
+};
+
 // as `multiply`, of bfloat16; rows whose steps do not stand side by side do so themselves
 FASTXM_AMX void multiply_amx(const Panels& panels, const Left& left, std::int64_t rows,
                              std::int64_t first, std::int64_t columns, float* out,
-                             std::int64_t out_stride, bool add, const Ahead& next) {
-  constexpr std::int64_t across = 4 * kPanel;
-  const std::int64_t steps = panels.depth / 2;
-  const bool turned = left.step != 4;
-  Lines<std::uint32_t> room(turned ? rows * std::min(kDepth, steps) : 0);
-  std::int64_t shape[3] = {};
-  const char* ahead = static_cast<const char*>(next.data);
-  const std::int64_t tiles = ((rows + 31) / 32) * ((columns + 31) / 32) * ((steps + 15) / 16);
-  const std::int64_t lines = next.bytes ? (next.bytes / 64 + tiles - 1) / tiles : 0;
+                             std::int64_t out_stride, bool add) {
+  constexpr std::int64_t across = 4 * kPanel, most = 2 * kSide;
+  const std::int64_t steps = panels.depth / 2, apart = panels.apart() / 2;
+  Shaped tile;
   for (std::int64_t k = 0, count; k == 0 || k < steps; k += count, add = true) {
     count = std::min(kDepth, steps - k);
     if (count > kSide) count -= count % kSide;  // a last tile of fewer steps has another shape
-    Left a = {static_cast<const char*>(left.data) + k * left.step, left.row, 4};
-    if (turned) {
-      transpose(a.data, left.step / 4, count, rows, room.data(), count);
-      a = {room.data(), 4 * count, 4};
-    }
-    for (std::int64_t j = 0; j < columns; j += 2 * kSide) {
-      const std::int64_t at = first + j, width = std::min(2 * kSide, columns - j);
-      const char* panel = pointer<const char>(panels.data) + at / kPanel * steps * across +
-                          at % kPanel * 4 + k * across;
-      for (std::int64_t i = 0; i < rows; i += 2 * kSide) {
-        const std::int64_t height = std::min(2 * kSide, rows - i), side = std::min(kSide, count);
-        if (height != shape[0] || width != shape[1] || side != shape[2]) {
-          shape[0] = height, shape[1] = width, shape[2] = side;
-          const TileShapes shapes(height, width, side);
-          settle(&shapes);
-          _tile_loadconfig(&shapes);
-        }
-        auto* run = height <= kSide ? (width <= kSide ? amx_tile<1, 1> : amx_tile<1, 2>)
-                                    : (width <= kSide ? amx_tile<2, 1> : amx_tile<2, 2>);
-        run(static_cast<const char*>(a.data) + i * a.row, a.row, panel, count,
-            out + i * out_stride + j, out_stride, add, ahead, lines);
-        ahead += lines * 64 * ((count + 15) / 16);
+    auto panel = [&](std::int64_t j) {
+      return pointer<const char>(panels.data) + j / kPanel * apart * across + j % kPanel * 4 +
+             k * across;
+    };
+    const char* data = static_cast<const char*>(left.data) + k * left.step;
+    if (left.step == 4) {
+      for (std::int64_t j = 0; j < columns; j += most)
+        for (std::int64_t i = 0; i < rows; i += most)
+          tile({data + i * left.row, left.row, 4}, panel(first + j), count,
+               std::min(most, rows - i), std::min(most, columns - j), out + i * out_stride + j,
+               out_stride, add);
+    } else {
+      alignas(64) std::uint32_t room[most * kDepth];
+      for (std::int64_t i = 0; i < rows; i += most) {
+        const std::int64_t height = std::min(most, rows - i);
+        transpose(data + i * left.row, left.step / 4, count, height, room, count);
+        for (std::int64_t j = 0; j < columns; j += most)
+          tile({room, 4 * count, 4}, panel(first + j), count, height, std::min(most, columns - j),
+               out + i * out_stride + j, out_stride, add);
       }
     }
     if (!count) break;
@@ -155,7 +166,7 @@ bool amx_is_right() {
       from_float(value(k + 3 * j), panel.data()[(k / 2 * kPanel + j) * 2 + k % 2]);
   Lines<float> out(rows * columns);
   const Panels panels = {true, depth, reinterpret_cast<std::uintptr_t>(panel.data())};
-  multiply_amx(panels, {a.data(), 2 * depth, 4}, rows, 0, columns, out.data(), columns, false, {});
+  multiply_amx(panels, {a.data(), 2 * depth, 4}, rows, 0, columns, out.data(), columns, false);
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t j = 0; j < columns; ++j) {
       float sum = 0;

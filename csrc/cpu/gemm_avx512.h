@@ -1,28 +1,23 @@
 // Register tiles of AVX-512: float32, and pairs of bfloat16, of 6 rows and 64 columns at a time.
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/avx512.h"
 #include "cpu/gemm.h"
 #include "cpu/simd.h"
 
 namespace fastxm {
 namespace {
 
-#define FASTXM_AVX512 __attribute__((target("arch=x86-64-v4")))
-// no instruction of AVX512-BF16 but the one below comes of it: float32 tiles run on any AVX-512
-#define FASTXM_TILE __attribute__((target("arch=x86-64-v4,avx512bf16")))
-
 constexpr int kVectors = 4;  // vectors of a panel's row
 
 // one step of a register tile: an element, or a pair of bfloat16, of each row
 struct Float {
   static constexpr std::int64_t step = 1;  // elements of a step
-  FASTXM_TILE static FASTXM_INLINE __m512 add(__m512 sum, std::uint32_t a, __m512i b) {
+  FASTXM_AVX512_BF16 static FASTXM_INLINE __m512 add(__m512 sum, std::uint32_t a, __m512i b) {
     __m512 row = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a)));
     return _mm512_fmadd_ps(row, _mm512_castsi512_ps(b), sum);
   }
@@ -30,7 +25,7 @@ struct Float {
 
 struct Pair {
   static constexpr std::int64_t step = 2;
-  FASTXM_TILE static FASTXM_INLINE __m512 add(__m512 sum, std::uint32_t a, __m512i b) {
+  FASTXM_AVX512_BF16 static FASTXM_INLINE __m512 add(__m512 sum, std::uint32_t a, __m512i b) {
     auto row = (__m512bh)_mm512_set1_epi32(static_cast<int>(a));
     return _mm512_dpbf16_ps(sum, row, (__m512bh)b);
   }
@@ -43,9 +38,9 @@ struct Avx512 {
 
   // out [R, width <= 64] = a [R, steps] times one panel, or that is added to it
   template <int R>
-  FASTXM_TILE static void tile(const char* a, std::int64_t a_row, std::int64_t a_step,
-                               const char* panel, std::int64_t steps, float* out,
-                               std::int64_t out_stride, std::int64_t width, bool add) {
+  FASTXM_AVX512_BF16 static void tile(const char* a, std::int64_t a_row, std::int64_t a_step,
+                                      const char* panel, std::int64_t steps, float* out,
+                                      std::int64_t out_stride, std::int64_t width, bool add) {
     __m512 sums[R][kVectors];
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
@@ -66,8 +61,7 @@ struct Avx512 {
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        std::int64_t left = std::min<std::int64_t>(16, std::max<std::int64_t>(0, width - 16 * v));
-        auto mask = static_cast<__mmask16>((1u << left) - 1);
+        const __mmask16 mask = lanes(width - 16 * v);
         float* at = out + i * out_stride + 16 * v;
         if (add) sums[i][v] = _mm512_add_ps(sums[i][v], _mm512_maskz_loadu_ps(mask, at));
         _mm512_mask_storeu_ps(at, mask, sums[i][v]);
@@ -91,16 +85,12 @@ FASTXM_AVX512 FASTXM_INLINE void transpose_block(__m512i (&rows)[16]) {
   }
 }
 
-FASTXM_AVX512 FASTXM_INLINE __mmask16 first_of(std::int64_t n) {
-  return static_cast<__mmask16>((1u << std::min<std::int64_t>(16, n)) - 1);
-}
-
 FASTXM_AVX512 void transpose_avx512(const std::uint32_t* from, std::int64_t stride,
                                     std::int64_t rows, std::int64_t columns, std::uint32_t* to,
                                     std::int64_t to_stride) {
   for (std::int64_t i = 0; i < rows; i += 16)
     for (std::int64_t j = 0; j < columns; j += 16) {
-      const __mmask16 width = first_of(columns - j), height = first_of(rows - i);
+      const __mmask16 width = lanes(columns - j), height = lanes(rows - i);
       __m512i block[16];
 #pragma GCC unroll 16
       for (int k = 0; k < 16; ++k)

@@ -2,22 +2,14 @@
 // stay in registers; elsewhere the loops of info_nce_rows.h.
 #pragma once
 
+#include "cpu/avx512.h"
 #include "cpu/info_nce_products.h"
 #include "cpu/info_nce_rows.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define FASTXM_VECTORS
-#include <immintrin.h>
-#endif
 
 namespace fastxm {
 namespace {
 
 #ifdef FASTXM_VECTORS
-
-#define FASTXM_AVX512 __attribute__((target("arch=x86-64-v4")))
-// no instruction of AVX512-BF16 but those named comes of it: what is float32 runs on any AVX-512
-#define FASTXM_AVX512_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
 
 // columns of a panel that a tile has
 struct Lanes {
@@ -25,42 +17,15 @@ struct Lanes {
   __mmask16 of[count];
 
   FASTXM_AVX512 explicit FASTXM_INLINE Lanes(std::int64_t width) {
-    for (int v = 0; v < count; ++v)
-      of[v] = static_cast<__mmask16>((1u << std::clamp<std::int64_t>(width - 16 * v, 0, 16)) - 1);
+    for (int v = 0; v < count; ++v) of[v] = lanes(width - 16 * v);
   }
 };
 
 constexpr std::int64_t kAhead = 2048;  // bytes: what is kept of a tile is read from far away
 
-// as `probability`; 0 in other lanes
+// as of one number; 0 in other lanes
 FASTXM_AVX512 FASTXM_INLINE __m512 probability(__m512 x, __mmask16 mask) {
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-  __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693145751953125f), x);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(-1.42860682030941723e-6f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1)));
-  mask = _mm512_mask_cmp_ps_mask(mask, x, _mm512_set1_ps(-69), _CMP_NLT_UQ);  // NaN stays
-  return _mm512_maskz_scalef_ps(mask, p, n);
-}
-
-FASTXM_AVX512 FASTXM_INLINE void round_to(__m512 x, float* to, __mmask16 mask) {
-  _mm512_mask_storeu_ps(to, mask, x);
-}
-FASTXM_AVX512_BF16 FASTXM_INLINE void round_to(__m512 x, bfloat16* to, __mmask16 mask) {
-  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
-}
-
-FASTXM_AVX512 FASTXM_INLINE __m512 wide(const float* from, __mmask16 mask) {
-  return _mm512_maskz_loadu_ps(mask, from);
-}
-FASTXM_AVX512 FASTXM_INLINE __m512 wide(const bfloat16* from, __mmask16 mask) {
-  __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  return exp_from(-69, x, mask);
 }
 
 FASTXM_AVX512 void scale_tile_avx512(const Tile<float>& t, float* row_top, float* column_top) {
@@ -68,10 +33,10 @@ FASTXM_AVX512 void scale_tile_avx512(const Tile<float>& t, float* row_top, float
   __m512 of_rows[kTallest];
   for (__m512& top : of_rows) top = nothing;
   for (std::int64_t j = 0; j < t.width; j += kPanel) {
-    const Lanes lanes(t.width - j);
+    const Lanes part(t.width - j);
     __m512 factors[Lanes::count], top[Lanes::count];
     for (int v = 0; v < Lanes::count; ++v) {
-      factors[v] = _mm512_maskz_loadu_ps(lanes.of[v], t.column_factor + j + 16 * v);
+      factors[v] = _mm512_maskz_loadu_ps(part.of[v], t.column_factor + j + 16 * v);
       top[v] = nothing;
     }
     for (std::int64_t i = 0; i < t.rows; ++i) {
@@ -80,16 +45,16 @@ FASTXM_AVX512 void scale_tile_avx512(const Tile<float>& t, float* row_top, float
       __m512 of_row = of_rows[i];
 #pragma GCC unroll 4
       for (int v = 0; v < Lanes::count; ++v) {
-        __m512 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes.of[v], from + 16 * v),
+        __m512 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(part.of[v], from + 16 * v),
                                  _mm512_mul_ps(factor, factors[v]));
-        _mm512_mask_storeu_ps(t.s + i * kStrip + j + 16 * v, lanes.of[v], s);
-        of_row = _mm512_mask_max_ps(of_row, lanes.of[v], s, of_row);  // NaN counts for nothing
+        _mm512_mask_storeu_ps(t.s + i * kStrip + j + 16 * v, part.of[v], s);
+        of_row = _mm512_mask_max_ps(of_row, part.of[v], s, of_row);  // NaN counts for nothing
         top[v] = _mm512_max_ps(s, top[v]);
       }
       of_rows[i] = of_row;
     }
     for (int v = 0; v < Lanes::count; ++v)
-      _mm512_mask_storeu_ps(column_top + j + 16 * v, lanes.of[v], top[v]);
+      _mm512_mask_storeu_ps(column_top + j + 16 * v, part.of[v], top[v]);
   }
   for (std::int64_t i = 0; i < t.rows; ++i) row_top[i] = _mm512_reduce_max_ps(of_rows[i]);
 }
@@ -103,7 +68,7 @@ FASTXM_AVX512_BF16 void shared_sums_avx512(const Tile<float>& t,
     __m512 exps, dots, plain;
   } rows[kTallest] = {};
   for (std::int64_t j = 0; j < t.width; j += kPanel) {
-    const Lanes lanes(t.width - j);
+    const Lanes part(t.width - j);
     __m512 exps[Lanes::count] = {}, dots[Lanes::count] = {}, plain[Lanes::count] = {};
     for (std::int64_t i = 0; i < t.rows; ++i) {
       auto here = rows[i];
@@ -111,13 +76,13 @@ FASTXM_AVX512_BF16 void shared_sums_avx512(const Tile<float>& t,
       const __m512 shift = _mm512_set1_ps(references.shift[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < Lanes::count; ++v) {
-        const __m512 s = _mm512_maskz_loadu_ps(lanes.of[v], t.s + i * kStrip + j + 16 * v);
-        __m512 e = probability(_mm512_sub_ps(s, own), lanes.of[v]);
+        const __m512 s = _mm512_maskz_loadu_ps(part.of[v], t.s + i * kStrip + j + 16 * v);
+        __m512 e = probability(_mm512_sub_ps(s, own), part.of[v]);
         here.exps = _mm512_add_ps(here.exps, e), here.dots = _mm512_fmadd_ps(e, s, here.dots);
         here.plain = _mm512_add_ps(here.plain, s), plain[v] = _mm512_add_ps(plain[v], s);
         e = _mm512_mul_ps(e, shift);
         exps[v] = _mm512_add_ps(exps[v], e), dots[v] = _mm512_fmadd_ps(e, s, dots[v]);
-        if (keep) round_to(e, keep + j * kTile<E> + i * kPanel + 16 * v, lanes.of[v]);
+        if (keep) store_rounded(keep + j * kTile<E> + i * kPanel + 16 * v, e, part.of[v]);
       }
       rows[i] = here;
     }
@@ -142,10 +107,10 @@ FASTXM_AVX512_BF16 void shared_gradient_avx512(const Tile<float>& t,
                                                float* out, std::int64_t stride) {
   const __m512 least = _mm512_set1_ps(1e-36f);
   for (std::int64_t j = 0; j < t.width; j += kPanel) {
-    const Lanes lanes(t.width - j);
+    const Lanes part(t.width - j);
     __m512 factors[Lanes::count], share[Lanes::count], even[Lanes::count];
     for (int v = 0; v < Lanes::count; ++v) {
-      factors[v] = _mm512_maskz_loadu_ps(lanes.of[v], t.column_factor + j + 16 * v);
+      factors[v] = _mm512_maskz_loadu_ps(part.of[v], t.column_factor + j + 16 * v);
       share[v] = _mm512_load_ps(shares.columns + j + 16 * v);
       even[v] = _mm512_load_ps(shares.even_columns + j + 16 * v);
     }
@@ -161,16 +126,16 @@ FASTXM_AVX512_BF16 void shared_gradient_avx512(const Tile<float>& t,
         if (kept) {
           const E* at = kept + j * kTile<E> + i * kPanel + 16 * v;
           if (v * sizeof(E) % 4 == 0) _mm_prefetch(at + kAhead / sizeof(E), _MM_HINT_T0);
-          e = wide(at, lanes.of[v]);
+          e = load_wide(at, part.of[v]);
         } else {
-          const __m512 s = _mm512_maskz_loadu_ps(lanes.of[v], t.s + i * kStrip + j + 16 * v);
-          e = _mm512_mul_ps(probability(_mm512_sub_ps(s, own), lanes.of[v]), shift);
+          const __m512 s = _mm512_maskz_loadu_ps(part.of[v], t.s + i * kStrip + j + 16 * v);
+          e = _mm512_mul_ps(probability(_mm512_sub_ps(s, own), part.of[v]), shift);
         }
         __m512 ds = _mm512_mul_ps(e, _mm512_add_ps(row_share, share[v]));
         ds = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(ds), least, _CMP_NLT_UQ), ds);
         ds = _mm512_sub_ps(ds, _mm512_add_ps(row_even, even[v]));
         ds = _mm512_mul_ps(ds, _mm512_mul_ps(factor, factors[v]));
-        _mm512_mask_storeu_ps(out + i * stride + j + 16 * v, lanes.of[v], ds);
+        _mm512_mask_storeu_ps(out + i * stride + j + 16 * v, part.of[v], ds);
       }
     }
   }
@@ -180,15 +145,16 @@ template <class E>
 FASTXM_AVX512_BF16 void exponentials_avx512(const Tile<float>& t,
                                             const References<float>& references, E* keep) {
   for (std::int64_t j = 0; j < t.width; j += kPanel) {
-    const Lanes lanes(t.width - j);
+    const Lanes part(t.width - j);
     for (std::int64_t i = 0; i < t.rows; ++i) {
       const __m512 own = _mm512_set1_ps(references.own[i]);
       const __m512 shift = _mm512_set1_ps(references.shift[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < Lanes::count; ++v) {
-        const __m512 s = _mm512_maskz_loadu_ps(lanes.of[v], t.s + i * kStrip + j + 16 * v);
-        const __m512 e = probability(_mm512_sub_ps(s, own), lanes.of[v]);
-        round_to(_mm512_mul_ps(e, shift), keep + j * kTile<E> + i * kPanel + 16 * v, lanes.of[v]);
+        const __m512 s = _mm512_maskz_loadu_ps(part.of[v], t.s + i * kStrip + j + 16 * v);
+        const __m512 e = probability(_mm512_sub_ps(s, own), part.of[v]);
+        store_rounded(keep + j * kTile<E> + i * kPanel + 16 * v, _mm512_mul_ps(e, shift),
+                      part.of[v]);
       }
     }
   }
@@ -199,9 +165,9 @@ FASTXM_AVX512_BF16 void rows_avx512(const float* tile, std::int64_t rows, std::i
                                     std::int64_t stride) {
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t j = 0; j < width; j += 16) {
-      const Lanes lanes(width - j);
-      const __m512 x = _mm512_maskz_loadu_ps(lanes.of[0], tile + i * kStrip + j);
-      round_to(x, to + i * stride + j, lanes.of[0]);
+      const Lanes part(width - j);
+      const __m512 x = _mm512_maskz_loadu_ps(part.of[0], tile + i * kStrip + j);
+      store_rounded(to + i * stride + j, x, part.of[0]);
     }
 }
 
@@ -211,14 +177,14 @@ FASTXM_AVX512_BF16 void steps_avx512(const float* tile, std::int64_t rows, std::
   for (int k = 0; k < 32; ++k) order[k] = static_cast<std::uint16_t>(k / 2 + k % 2 * 16);
   const __m512i beside = _mm512_load_si512(order);
   for (std::int64_t j = 0; j < width; j += kPanel, panels += panel) {
-    const Lanes lanes(width - j);
+    const Lanes part(width - j);
     for (std::int64_t i = 0; i < rows; i += 2) {
       const bool two = i + 1 < rows;
 #pragma GCC unroll 4
       for (int v = 0; v < Lanes::count; ++v) {
         const float* from = tile + i * kStrip + j + 16 * v;
-        const __m512 low = _mm512_maskz_loadu_ps(lanes.of[v], from);
-        const __m512 high = _mm512_maskz_loadu_ps(two ? lanes.of[v] : __mmask16{0}, from + kStrip);
+        const __m512 low = _mm512_maskz_loadu_ps(part.of[v], from);
+        const __m512 high = _mm512_maskz_loadu_ps(two ? part.of[v] : __mmask16{0}, from + kStrip);
         const auto both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
         _mm512_storeu_si512(panels + i * kPanel + 32 * v, _mm512_permutexvar_epi16(beside, both));
       }

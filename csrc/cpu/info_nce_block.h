@@ -86,9 +86,7 @@ struct Products {
   std::int64_t stride;  // bytes from row to row
 
   void operator()(const Tile<float>& t, std::int64_t i, std::int64_t j) const {
-    const char* rows = x + i * stride;
-    multiply(panels, Left{rows, stride, 4}, t.rows, j, t.width, t.s, kStrip, false,
-             Ahead{rows + t.rows * stride, t.rows * stride});
+    multiply(panels, Left{x + i * stride, stride, 4}, t.rows, j, t.width, t.s, kStrip);
   }
 };
 

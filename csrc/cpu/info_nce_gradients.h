@@ -106,10 +106,7 @@ class RowProducts {
       }
       for (std::int64_t i = 0; width % kStep<E> && i < rows; ++i)
         chunk.data()[i * kApart + width] = E{};
-      const std::int64_t bytes = panels_size(D_, kDeep) * sizeof(E);
-      const char* own = pointer<const char>(panels(j).data);
-      fastxm::multiply(panels(j), chunk.data(), kApart, rows, 0, D_, out, stride, j > 0,
-                       {own + bytes, bytes});
+      fastxm::multiply(panels(j), chunk.data(), kApart, rows, 0, D_, out, stride, j > 0);
     }
     if constexpr (!direct) round_rows(out, stride, rows, D_, dx, D_);
   }
@@ -163,9 +160,7 @@ class ColumnProducts {
         tile_steps(values, t.rows, t.width, chunk.data() + k * kPanel, depth * kPanel);
       }
       const Panels panels = {sizeof(E) == 2, depth, reinterpret_cast<std::uintptr_t>(chunk.data())};
-      const std::int64_t size = D_ * kTurned;
-      multiply(panels, turned, kTurned, D_, 0, width, strip(j), kApart, add || i > 0,
-               {turned + size, size * static_cast<std::int64_t>(sizeof(E))});
+      multiply(panels, turned, kTurned, D_, 0, width, strip(j), kApart, add || i > 0);
     }
   }
 

@@ -10,7 +10,8 @@
 namespace fastxm {
 namespace {
 
-constexpr int64_t kRows = 24;          // rows of products that are made at a time: 36 KB of float
+// rows of products that are made at a time: whole register tiles, or tiles of AMX
+constexpr int64_t kRows = 24, kHalfRows = 32;
 constexpr int64_t kBlock = kStrip;     // most rows and columns of which one thread takes all pairs
 constexpr int64_t kRow = kBlock + 16;  // of weights: columns do not share few sets of the cache
 constexpr int64_t kSmall = 1 << 13;    // pairs below which threads cost more than they give
@@ -25,7 +26,7 @@ struct Totals {
 // a thread's place for products and weights of a block
 template <class T>
 struct Room {
-  Lines<T> products{kRows * kBlock};
+  Lines<T> products{kHalfRows * kBlock};
   Lines<T> weights;            // [kBlock, kRow], or of bfloat16
   Lines<std::uint32_t> pairs;  // of bfloat16 [kBlock / 2, kRow]: those of two rows
   explicit Room(const MmdTile& t)
@@ -36,11 +37,9 @@ struct Room {
 void spread(const MmdTile& t, std::uintptr_t rows, int64_t total, int64_t first, int64_t depth,
             const Left& w, int64_t count, float* to) {
   const int64_t step = t.bf16 ? 2 : 1, bytes = t.bf16 ? 2 : 4;
-  for (int64_t d = 0; d < t.features; d += kPanel) {
-    const int64_t at = d * round_up(total, step) + first * kPanel;
-    multiply({t.bf16 != 0, round_up(depth, step), rows + at * bytes}, w, count, 0,
-             std::min(kPanel, t.features - d), to + d, t.features, true);
-  }
+  const Panels panels = {t.bf16 != 0, round_up(depth, step), rows + first * kPanel * bytes,
+                         round_up(total, step)};
+  multiply(panels, w, count, 0, t.features, to, t.features, true);
 }
 
 // all pairs of `size` rows from i on and columns from j on, or of those that there are
@@ -53,8 +52,9 @@ void block(const MmdTile& t, const std::vector<Part<T>>& parts, int64_t i, int64
   char* weights = t.panels ? (t.dx || t.dy ? reinterpret_cast<char*>(room.weights.data()) : nullptr)
                   : t.weights ? pointer<char>(t.weights) + (i * t.M + j) * bytes
                               : nullptr;
-  for (int64_t k = 0; k < n; k += kRows) {
-    const int64_t rows = std::min(kRows, n - k), at = i + k;
+  const int64_t height = t.bf16 ? kHalfRows : kRows;
+  for (int64_t k = 0; k < n; k += height) {
+    const int64_t rows = std::min(height, n - k), at = i + k;
     alignas(64) T potentials[kBlock] = {}, slopes[kBlock] = {};
     if constexpr (sizeof(T) == 4) {
       if (t.panels)
@@ -63,6 +63,7 @@ void block(const MmdTile& t, const std::vector<Part<T>>& parts, int64_t i, int64
     }
     const Rows<T> here = {parts,
                           is_radial(parts),
+                          all_rbf(parts),
                           t.derivatives != 0,
                           static_cast<MmdDiagonal>(t.diagonal),
                           at,

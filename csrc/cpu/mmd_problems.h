@@ -74,6 +74,7 @@ void visit(const std::vector<Part<T>>& parts, const Sample<T>& x, const Sample<T
   for (int64_t j = 0; j < m; j += kStrip) {
     const Rows<T> rows = {parts,
                           is_radial(parts),
+                          all_rbf(parts),
                           derivatives != nullptr,
                           diagonal,
                           0,

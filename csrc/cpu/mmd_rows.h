@@ -9,47 +9,15 @@
 #endif
 
 #include "cpu/mmd.h"
+#include "cpu/mmd_avx512.h"
+#include "cpu/mmd_parts.h"
 #include "cpu/simd.h"
 #include "mmd_pair.h"
 
 namespace fastxm {
 namespace {
 
-using std::int64_t;
-
 constexpr int64_t kStrip = 384;  // pairs that stay in the first cache through all parts of a kernel
-
-template <class T>
-struct Part {
-  MmdKind kind;
-  int64_t degree, at, K;  // its parameters are at, and K further
-  bool power;             // it is the fourth power of the part before
-  T shape, weight;
-};
-
-// Parts of the kernel. Of RBF rates ascend; a bandwidth half the one before is its fourth power,
-// two squarings for an exp. A power of a power is not taken, as each multiplies the rounding of the
-// exp by 4.
-template <class T>
-std::vector<Part<T>> parts_of(const MmdKernel& kernel) {
-  const auto* kinds = pointer<const int64_t>(kernel.kinds);
-  const T* p = pointer<const T>(kernel.parameters);
-  std::vector<Part<T>> parts;
-  int64_t first = 0;
-  for (int64_t t = 0; t < kernel.terms; ++t, kinds += 3) {
-    const std::size_t begin = parts.size();
-    const int64_t K = kinds[2];
-    for (int64_t q = first; q < first + K; ++q)
-      parts.push_back({static_cast<MmdKind>(kinds[0]), kinds[1], q, K, false, p[q], p[q + K]});
-    first += 2 * K;
-    if (parts.back().kind != MmdKind::rbf) continue;
-    std::stable_sort(parts.begin() + begin, parts.end(),
-                     [](const Part<T>& a, const Part<T>& b) { return a.shape < b.shape; });
-    for (std::size_t q = begin + 1; q < parts.size(); ++q)
-      parts[q].power = !parts[q - 1].power && parts[q].shape == 4 * parts[q - 1].shape;
-  }
-  return parts;
-}
 
 template <class T>
 struct Strip {
@@ -117,7 +85,7 @@ FASTXM_INLINE void evaluate(const Part<T>* part, bool next, int64_t n, Strip<T>&
 template <class T>
 struct Rows {
   const std::vector<Part<T>>& parts;
-  bool radial, derive;
+  bool radial, rbf, derive;
   MmdDiagonal diagonal;
   int64_t i, j, rows, width, stride;  // stride: of products and weights
   const T* products;
@@ -155,6 +123,10 @@ FASTXM_INLINE float write_halves(const Rows<float>& r, int64_t i, const float* w
   std::uint32_t* pairs = r.pairs + i / 2 * r.weight_stride;
   float *y_slopes = r.y_slopes, slope = 0;
   const int64_t n = r.width;
+  if (n % 2) out[n].bits = 0;
+#ifdef FASTXM_VECTORS
+  if (has_avx512()) return halves_avx512(n, w, right, scale, i % 2, out, pairs, y_slopes);
+#endif
   const std::uint32_t before = i % 2 ? 0xffffu : 0u, shift = i % 2 ? 16 : 0;
 #pragma omp simd reduction(+ : slope)
   for (int64_t j = 0; j < n; ++j) {
@@ -163,7 +135,6 @@ FASTXM_INLINE float write_halves(const Rows<float>& r, int64_t i, const float* w
     slope += to_float(out[j]);
     y_slopes[j] += to_float(out[j]);
   }
-  if (n % 2) out[n].bits = 0;
   return slope;
 }
 
@@ -180,6 +151,10 @@ FASTXM_INLINE void write_row(const Rows<T>& r, int64_t i, const T* w, const T* r
 // adds up all parts for n pairs of a row, and their derivatives times right and scale
 template <bool kDerivatives, class T>
 FASTXM_INLINE void add_parts(const Rows<T>& r, T scale, int64_t n, Strip<T>& a) {
+#ifdef FASTXM_VECTORS
+  if constexpr (!kDerivatives && sizeof(T) == 4)
+    if (r.rbf && has_avx512()) return rbf_avx512(r.parts, n, a.s, a.k, a.w);
+#endif
   const Part<T>*part = r.parts.data(), *end = part + r.parts.size();
   while (part < end) {
     const int64_t count = part + 1 < end && part[1].power ? 2 : 1;
@@ -277,11 +252,6 @@ FASTXM_MULTIARCH void some_rows(const Rows<double>& rows) { rows_of(rows); }
 template <class To, class T>
 void add(To* to, const T* from, int64_t n, T factor = 1) {
   for (int64_t j = 0; j < n; ++j) to[j] += factor * from[j];
-}
-
-template <class T>
-bool is_radial(const std::vector<Part<T>>& parts) {
-  return parts.front().kind != MmdKind::polynomial;
 }
 
 }  // namespace

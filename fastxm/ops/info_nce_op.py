@@ -100,6 +100,7 @@ def _save(ctx, inputs, output):
     _, row_stats, column_stats, kept = output
     ctx.save_for_backward(x, y, a, b, labels, row_stats, column_stats, kept)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of what is kept, which is large
 
 
 def _backward(ctx, dloss, *_, gradients=gradients_of):

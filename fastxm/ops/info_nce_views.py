@@ -124,6 +124,7 @@ def _formula(z: Tensor, factor: Tensor, scale: Tensor) -> Tensor:
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, _):

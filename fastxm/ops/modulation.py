@@ -136,6 +136,7 @@ def _save(ctx, inputs, output):
     x, gamma, beta, _, _, *ctx.options = inputs
     ctx.save_for_backward(x, gamma, beta, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, *_):

@@ -82,6 +82,7 @@ def _save(ctx, inputs, output):
     regions, words, lengths, *ctx.options, _ = inputs
     ctx.save_for_backward(regions, words, lengths, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of what is kept, which is large
 
 
 def _backward(ctx, dscores, _):

@@ -82,6 +82,7 @@ def _(*inputs):
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):

@@ -23,7 +23,7 @@ void multiply(std::uintptr_t panels, std::int64_t depth, std::uintptr_t a, std::
               std::int64_t step, std::int64_t rows, std::int64_t first, std::int64_t columns,
               std::uintptr_t out, std::int64_t stride, bool add) {
   fastxm::multiply_amx({true, depth, panels}, {fastxm::pointer<const void>(a), row, step}, rows,
-                       first, columns, fastxm::pointer<float>(out), stride, add, {});
+                       first, columns, fastxm::pointer<float>(out), stride, add);
 }
 
 }  // extern "C"
