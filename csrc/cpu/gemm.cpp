@@ -56,7 +56,8 @@ const char* gemm_level() {
 }
 
 bool gemm_amx() {
-  static const bool has = has_avx512_bf16() && find_amx() && amx_is_right();
+  static const bool has =
+      !std::getenv("FASTXM_CPU_LEVEL") && has_avx512_bf16() && find_amx() && amx_is_right();
   return has;
 }
 

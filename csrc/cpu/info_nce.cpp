@@ -35,11 +35,6 @@ Products products_of(const InfoNceProblem& p, std::int64_t first, const Panels& 
   return {columns, pointer<const char>(p.x) + first * stride, stride};
 }
 
-template <class E>
-Panels panels_of(const Lines<E>& lines, std::int64_t depth) {
-  return {sizeof(E) == 2, depth, reinterpret_cast<std::uintptr_t>(lines.data())};
-}
-
 // as many rows as take `bytes`, each `width`: whole chunks
 template <class E>
 std::int64_t rows_of(std::int64_t bytes, std::int64_t width) {
@@ -129,16 +124,16 @@ void gradients(InfoNceProblem p, const float* row_terms, const float* column_ter
   const Panels columns = panels_of(columns_of_y, D);
   if (!all) pack_columns(columns, pointer<const E>(p.y), M, D, threads);
   // where nothing is kept, it is made again of as many rows as `workspace` holds
-  const std::int64_t n = kept ? N : std::min(N, rows_of<E>(workspace, strips * kStrip * sizeof(E)));
+  const std::int64_t n = kept ? N : std::min(N, rows_of<E>(workspace, strips * kStrip * 4));
   Lines<Kept<E>> room(kept ? 0 : (n + kTile<E> - 1) / kTile<E> * strips);
   const RowProducts<E> of_y(pointer<const E>(p.y), M, D, threads);
-  ColumnProducts<E> of_x(M, D);
+  ColumnProducts<E, Out> of_x(dy, M, D);
   for (std::int64_t i = 0; i < N; i += n) {
     const std::int64_t here = std::min(n, N - i);
     const Terms<float> terms = {row_terms + i, column_terms, N, M, static_cast<float>(smoothing)};
     const InfoNceBlock block = block_of(p, i, here);
-    const LogitGradients<E> ds = {block, products_of(p, i, columns), terms,
-                                  kept ? kept : room.data(), strips};
+    const LogitGradients<E> ds = {
+        block, products_of(p, i, columns), terms, kept ? kept : room.data(), !kept, strips};
     if (!kept) ds.remake(room.data(), threads);
     of_y.multiply(ds, dx + i * D, threads);
     of_x.add(ds, pointer<const E>(p.x) + i * D, i > 0, threads);
@@ -146,7 +141,7 @@ void gradients(InfoNceProblem p, const float* row_terms, const float* column_ter
   if (N == 0)
     std::fill(dy, dy + M * D, Out{});
   else
-    of_x.finish(dy, threads);
+    of_x.finish(threads);
   inner(pointer<const E>(p.x), dx, N, D, a.data(), pointer<float>(out[2]), threads);
   if (out[3]) inner(pointer<const E>(p.y), dy, M, D, b.data(), pointer<float>(out[3]), threads);
 }

@@ -101,8 +101,7 @@ FASTXM_AVX512_BF16 void shared_sums_avx512(const Tile<float>& t,
 }
 
 template <class E>
-FASTXM_AVX512_BF16 void shared_gradient_avx512(const Tile<float>& t,
-                                               const References<float>& references,
+FASTXM_AVX512_BF16 void shared_gradient_avx512(const Tile<float>& t, const float* references,
                                                const Shares<float>& shares, const E* kept,
                                                float* out, std::int64_t stride) {
   const __m512 least = _mm512_set1_ps(1e-36f);
@@ -118,8 +117,8 @@ FASTXM_AVX512_BF16 void shared_gradient_avx512(const Tile<float>& t,
       const __m512 row_share = _mm512_set1_ps(shares.rows[i]);
       const __m512 row_even = _mm512_set1_ps(shares.even_rows[i]);
       const __m512 factor = _mm512_set1_ps(t.row_factor[i]);
-      const __m512 own = _mm512_set1_ps(kept ? 0 : references.own[i]);
-      const __m512 shift = _mm512_set1_ps(kept ? 1 : references.shift[i]);
+      const __m512 own = _mm512_set1_ps(kept ? 0 : references[i]);
+      const __m512 shift = _mm512_set1_ps(shares.shifts[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < Lanes::count; ++v) {
         __m512 e;
@@ -129,9 +128,9 @@ FASTXM_AVX512_BF16 void shared_gradient_avx512(const Tile<float>& t,
           e = load_wide(at, part.of[v]);
         } else {
           const __m512 s = _mm512_maskz_loadu_ps(part.of[v], t.s + i * kStrip + j + 16 * v);
-          e = _mm512_mul_ps(probability(_mm512_sub_ps(s, own), part.of[v]), shift);
+          e = probability(_mm512_sub_ps(s, own), part.of[v]);
         }
-        __m512 ds = _mm512_mul_ps(e, _mm512_add_ps(row_share, share[v]));
+        __m512 ds = _mm512_mul_ps(e, _mm512_fmadd_ps(shift, share[v], row_share));
         ds = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(ds), least, _CMP_NLT_UQ), ds);
         ds = _mm512_sub_ps(ds, _mm512_add_ps(row_even, even[v]));
         ds = _mm512_mul_ps(ds, _mm512_mul_ps(factor, factors[v]));
@@ -224,9 +223,8 @@ FASTXM_INLINE void shared_sums(const Tile<T>& t, const References<T>& references
 }
 
 template <class T, class E>
-FASTXM_INLINE void shared_gradient(const Tile<T>& t, const References<T>& references,
-                                   const Shares<T>& shares, const E* kept, T* out,
-                                   std::int64_t stride) {
+FASTXM_INLINE void shared_gradient(const Tile<T>& t, const T* references, const Shares<T>& shares,
+                                   const E* kept, T* out, std::int64_t stride) {
 #ifdef FASTXM_VECTORS
   if constexpr (std::is_same_v<T, float>)
     if (by_vectors<T>()) return shared_gradient_avx512(t, references, shares, kept, out, stride);

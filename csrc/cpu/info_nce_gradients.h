@@ -17,6 +17,7 @@ struct LogitGradients {
   Products make;
   Terms<float> terms;
   const Kept<E>* kept;  // of each tile
+  bool remade;
   std::int64_t strips;
 
   Terms<float> terms_at(std::int64_t i, std::int64_t j) const {
@@ -40,7 +41,7 @@ struct LogitGradients {
     const Tile<float> t = tile_at(b, i, std::min(kTile<E>, b.rows - i), j, scratch);
     const Kept<E>& own = kept[i / kTile<E> * strips + j / kStrip];
     if (own.reference == own.reference) {
-      kept_tile(t, terms_at(i, j), own, values);
+      kept_tile(t, terms_at(i, j), own, remade, values);
     } else {
       make(t, i, j);
       bwd_tile(t, terms_at(i, j), values, kStrip);
@@ -82,9 +83,9 @@ class RowProducts {
 
   // what of y the chunk of columns from j on is multiplied by
   Panels panels(std::int64_t j) const {
-    const E* data = packed_.data() + j / kDeep * panels_size(D_, kDeep);
-    return {sizeof(E) == 2, round_up(std::min(kDeep, M_ - j), kStep<E>),
-            reinterpret_cast<std::uintptr_t>(data)};
+    Panels panels = panels_of(packed_, round_up(std::min(kDeep, M_ - j), kStep<E>));
+    panels.data += j / kDeep * panels_size(D_, kDeep) * sizeof(E);
+    return panels;
   }
 
   template <class Out>
@@ -115,14 +116,17 @@ class RowProducts {
   Lines<E> packed_;
 };
 
-// Products with x [N, D]: gradients of y, as sums [D, kStrip] for each strip of columns.
-template <class E>
+// Products with x [N, D]: gradients of y. While they are added up they are transposed, [D, width]
+// of each strip of columns, and of float32 in the place of the gradients themselves.
+template <class E, class Out>
 class ColumnProducts {
  public:
-  ColumnProducts(std::int64_t M, std::int64_t D)
-      : M_(M), D_(D), sums_((M + kStrip - 1) / kStrip * D * kApart) {}
+  ColumnProducts(Out* dy, std::int64_t M, std::int64_t D)
+      : dy_(dy), M_(M), D_(D), room_(sizeof(Out) == 4 ? 0 : M * D), sums_(room_.data()) {
+    if constexpr (sizeof(Out) == 4) sums_ = dy;
+  }
 
-  // the sums = x's transpose times gradients, or that is added to them
+  // x's transpose times gradients, or that is added to what there is
   void add(const LogitGradients<E>& ds, const E* x, bool add, int threads) {
     const std::int64_t rows = ds.b.rows;
     Lines<E> turned((rows + kDeep - 1) / kDeep * D_ * kTurned);
@@ -137,17 +141,26 @@ class ColumnProducts {
     }
   }
 
-  template <class Out>
-  void finish(Out* dy, int threads) const {
-#pragma omp parallel for num_threads(threads)
-    for (std::int64_t j = 0; j < M_; j += kStrip)
-      turn_back(strip(j), kApart, D_, std::min(kStrip, M_ - j), dy + j * D_);
+  void finish(int threads) const {
+#pragma omp parallel num_threads(threads)
+    {
+      Lines<float> room(kStrip * D_);
+#pragma omp for
+      for (std::int64_t j = 0; j < M_; j += kStrip) {
+        const std::int64_t width = std::min(kStrip, M_ - j);
+        if constexpr (sizeof(Out) == 4) {
+          std::copy_n(sums_ + j * D_, width * D_, room.data());
+          transpose(room.data(), width, D_, width, dy_ + j * D_, D_);
+        } else {
+          transpose(sums_ + j * D_, width, D_, width, room.data(), D_);
+          round_rows(room.data(), D_, width, D_, dy_ + j * D_, D_);
+        }
+      }
+    }
   }
 
  private:
-  static constexpr std::int64_t kDeep = kRowsAtOnce<E>, kTurned = kDeep + 32, kApart = kStrip + 16;
-
-  float* strip(std::int64_t j) const { return sums_.data() + j / kStrip * D_ * kApart; }
+  static constexpr std::int64_t kDeep = kRowsAtOnce<E>, kTurned = kDeep + 32;
 
   void add_strip(const LogitGradients<E>& ds, const E* turned, std::int64_t j, bool add) const {
     alignas(64) float scratch[kTile<E> * kStrip], values[kTile<E> * kStrip];
@@ -159,13 +172,15 @@ class ColumnProducts {
         const Tile<float> t = ds(i + k, j, scratch, values);
         tile_steps(values, t.rows, t.width, chunk.data() + k * kPanel, depth * kPanel);
       }
-      const Panels panels = {sizeof(E) == 2, depth, reinterpret_cast<std::uintptr_t>(chunk.data())};
-      multiply(panels, turned, kTurned, D_, 0, width, strip(j), kApart, add || i > 0);
+      multiply(panels_of(chunk, depth), turned, kTurned, D_, 0, width, sums_ + j * D_, width,
+               add || i > 0);
     }
   }
 
+  Out* dy_;
   std::int64_t M_, D_;
-  Lines<float> sums_;
+  Lines<float> room_;
+  float* sums_;
 };
 
 }  // namespace

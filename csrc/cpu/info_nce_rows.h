@@ -153,6 +153,10 @@ struct References {
       shift[i] = exp_fast(rows[i] - common);
     }
   }
+  FASTXM_INLINE References(const T* rows, std::int64_t n) {
+    std::copy(rows, rows + n, own);
+    std::fill(shift, shift + n, T(1));
+  }
 };
 
 // Sums of rows and columns of a tile without labels; keep: where the columns' exponentials go, or 0
@@ -201,33 +205,35 @@ struct Terms {
   T smoothing;
 };
 
-// what e = exp(s - reference) of a tile is multiplied by, and what is taken from the product
+// what an exponential of a tile is multiplied by, rows + shifts columns, and what is taken from
+// that
 template <class T>
 struct Shares {
-  alignas(64) T rows[kTallest], even_rows[kTallest], columns[kStrip] = {},
-                                                     even_columns[kStrip] = {};
+  T rows[kTallest], shifts[kTallest], even_rows[kTallest];
+  alignas(64) T columns[kStrip] = {}, even_columns[kStrip] = {};
 };
 
 // out [rows, stride] = the gradient of s times both factors, but for positives, where one
-// exponential serves a row and a column: kept, or (0) made again
+// exponential serves a row and a column: kept, or (0) made again with a reference for each row
 template <class T, class E>
-FASTXM_INLINE void shared_gradient_of(const Tile<T>& t, const References<T>& references,
+FASTXM_INLINE void shared_gradient_of(const Tile<T>& t, const T* references,
                                       const Shares<T>& shares, const E* kept, T* out,
                                       std::int64_t stride) {
   T e[kStrip];
   for (std::int64_t i = 0; i < t.rows; ++i) {
-    const T share = shares.rows[i], even = shares.even_rows[i], factor = t.row_factor[i];
+    const T share = shares.rows[i], shift = shares.shifts[i];
+    const T even = shares.even_rows[i], factor = t.row_factor[i];
     if (kept) {
       kept_row(kept, t.width, i, e);
     } else {
-      const T *s = t.s + i * kStrip, reference = references.own[i], shift = references.shift[i];
+      const T *s = t.s + i * kStrip, reference = references[i];
 #pragma omp simd
-      for (std::int64_t j = 0; j < t.width; ++j) e[j] = probability(s[j] - reference) * shift;
+      for (std::int64_t j = 0; j < t.width; ++j) e[j] = probability(s[j] - reference);
     }
     T* to = out + i * stride;
 #pragma omp simd
     for (std::int64_t j = 0; j < t.width; ++j) {
-      T value = e[j] * (share + shares.columns[j]);
+      T value = e[j] * (share + shift * shares.columns[j]);
       value = std::abs(value) < T(1e-36) ? T(0) : value;  // no denormal numbers, as above
       to[j] = (value - (even + shares.even_columns[j])) * (factor * t.column_factor[j]);
     }

@@ -60,12 +60,16 @@ FASTXM_INLINE void fwd_tile_of(const Tile<T>& t, T* row, std::int64_t row_stride
   join_of(sums.reference, kStrip, t.width, columns, kStrip);
 }
 
+// of exponentials exp(s - reference), or if own exp(s - log-sum-exp of the row), whose share needs
+// no other exponential then
 template <class T>
-FASTXM_INLINE void shares_of(const Tile<T>& t, const Terms<T>& terms, T reference, Shares<T>& to) {
+FASTXM_INLINE void shares_of(const Tile<T>& t, const Terms<T>& terms, T reference, bool own,
+                             Shares<T>& to) {
   for (std::int64_t i = 0; i < t.rows; ++i) {
-    const T* row = terms.rows + i;
-    to.rows[i] = row[terms.row_stride] * probability(reference - row[0]);
-    to.even_rows[i] = row[2 * terms.row_stride];
+    const T lse = terms.rows[i], weight = terms.rows[terms.row_stride + i];
+    to.rows[i] = own ? weight : weight * probability(reference - lse);
+    to.shifts[i] = own ? exp_fast(lse - reference) : T(1);
+    to.even_rows[i] = terms.rows[2 * terms.row_stride + i];
   }
   if (const T* lses = terms.columns) {
     const T* weights = lses + terms.column_stride;
@@ -127,34 +131,32 @@ FASTXM_INLINE void bwd_tile_of(const Tile<T>& t, const Terms<T>& terms, T* out,
   scale_tile(t, unused, top);
   if (middle == middle) {
     Shares<T> shares;
-    shares_of(t, terms, middle, shares);
-    shared_gradient(t, References<T>(terms.rows, t.rows, middle), shares,
-                    static_cast<const T*>(nullptr), out, stride);
+    shares_of(t, terms, middle, true, shares);
+    shared_gradient(t, terms.rows, shares, static_cast<const T*>(nullptr), out, stride);
   } else {
     own_gradient_of(t, terms, out, stride);
   }
   labels_and_positives_of(t, terms, static_cast<const T*>(nullptr), out, stride);
 }
 
-// what the forward keeps of a tile, made again
+// what the forward keeps of a tile, made again, but of exp(s - log-sum-exp of the row)
 template <class E>
 FASTXM_INLINE void remake_tile_of(const Tile<float>& t, const Terms<float>& terms, Kept<E>& kept) {
   float unused[kTallest], top[kStrip];
   kept.reference = middle_of(t, terms);
   if (kept.reference != kept.reference) return;
   scale_tile(t, unused, top);
-  exponentials(t, References<float>(terms.rows, t.rows, kept.reference), kept.e);
+  exponentials(t, References<float>(terms.rows, t.rows), kept.e);
   keep_positives(t, kept);
 }
 
-// the same from what is kept of the tile
+// the same from what is kept of the tile, or remade
 template <class E>
 FASTXM_INLINE void kept_tile_of(const Tile<float>& t, const Terms<float>& terms,
-                                const Kept<E>& kept, float* out, std::int64_t stride) {
+                                const Kept<E>& kept, bool remade, float* out, std::int64_t stride) {
   Shares<float> shares;
-  shares_of(t, terms, kept.reference, shares);
-  const References<float> none(nullptr, 0, 0);
-  shared_gradient(t, none, shares, kept.e, out, stride);
+  shares_of(t, terms, kept.reference, remade, shares);
+  shared_gradient(t, static_cast<const float*>(nullptr), shares, kept.e, out, stride);
   labels_and_positives_of(t, terms, kept.positives, out, stride);
 }
 

@@ -186,6 +186,8 @@ void tiles_fwd(const RegionWordGiven& g, float sharp, float pool, float* scores,
                int threads) {
   Tiles<E> t(g, sharp, pool, threads);
   const float* rnorm = pointer<const float>(g.word_rnorm);
+  prefer_large_pages(pointer<void>(g.s), g.kept * t.K * t.R * sizeof(float));
+  prefer_large_pages(pointer<void>(g.contexts), g.kept * t.K * t.D * sizeof(E));
   for (int64_t first = 0; first < g.pictures; first += g.block)
     for_each_tile(t, first, std::min(g.block, g.pictures - first),
                   [&](Tile<E>& tile, const Chunk& c, int64_t at) {

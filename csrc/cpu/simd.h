@@ -3,7 +3,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <string>
 
 // a function so marked is compiled once for each instruction set and chosen when the module loads
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
@@ -18,17 +20,26 @@
 
 namespace fastxm {
 
+// What this machine can do, or less where the environment's FASTXM_CPU_LEVEL says so: "avx512",
+// "avx2" or "x86-64" (neither). Of functions marked as above a level leaves out only what asks for
+// it here: tiles, and whole functions by AVX-512 or AMX.
 inline const char* cpu_level() {
+  static const char* const level = [] {
 #if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-  return "x86-64";
+    const char* asked = std::getenv("FASTXM_CPU_LEVEL");
+    const std::string most = asked ? asked : "";
+    __builtin_cpu_init();
+    if (most == "x86-64") return "x86-64";
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && most != "avx2")
+      return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+    return "x86-64";
 #else
-  return "portable";
+    return "portable";
 #endif
+  }();
+  return level;
 }
 
 inline bool has_avx512() {

@@ -104,6 +104,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_, gradients=gradients_of):
+    if dloss is None:
+        return (None,) * len(ctx.needs_input_grad)
     *inputs, row_stats, column_stats, kept = ctx.saved_tensors
     *options, _stored, _metrics = ctx.options
     of_b = ctx.needs_input_grad[3]

@@ -15,7 +15,7 @@ from fastxm.ops import dispatch, gemm
 from fastxm.ops import info_nce_blocks as blocks
 from fastxm.ops.info_nce_sums import Forward, candidates
 
-WORKSPACE = 32 << 20  # bytes that sums of rows, or gradients of logits, may take
+WORKSPACE = 24 << 20  # bytes that sums of rows, or exponentials, may take
 COLUMNS, *KEPT = _C.info_nce_kept_cpu()  # of a tile; its rows and bytes, float32 and bfloat16
 
 

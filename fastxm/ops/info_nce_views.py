@@ -128,6 +128,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, _):
+    if dloss is None:
+        return (None,) * len(ctx.needs_input_grad)
     *inputs, lse = ctx.saved_tensors
     if torch.is_grad_enabled():
         return tuple(dispatch.vjp(_formula, inputs, (dloss,)))

@@ -140,6 +140,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * len(ctx.needs_input_grad)
     maps, rest = ctx.saved_tensors[:3], (*ctx.saved_tensors[3:], *ctx.options)
     if torch.is_grad_enabled():
         grads = dispatch.vjp(lambda *m: reference.fwd(*m, *rest)[0], maps, (dout,))

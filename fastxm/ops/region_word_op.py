@@ -86,6 +86,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dscores, _):
+    if dscores is None:
+        return (None,) * len(ctx.needs_input_grad)
     saved = ctx.saved_tensors
     if torch.is_grad_enabled():
         dregions, dwords = reference.differentiable_bwd(dscores, *saved[:3], *ctx.options)
