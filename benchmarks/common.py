@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastxm.ops import backend
 from fastxm.ops.dispatch import BACKENDS, build_info, missing
+from fastxm.ops.memory import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 LEAST = 3  # samples of a slow call
@@ -424,6 +425,8 @@ def main(
         args.rounds, args.seconds = 2, 0.0
     usual = shapes["quick" if args.quick else args.device]
     chosen = [parse_shape(s, usual[0]) for s in args.shapes] if args.shapes else usual
+    if args.device == "cpu":
+        keep_freed_memory()  # as the trainer does; of use to all providers
     env = environment(args.device)
     folder = output_folder(args, env)
     head = f"{env['chip']}, {env['threads']} threads, torch {env['torch']}, {env['commit']}"

@@ -4,7 +4,12 @@
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
 #define FASTXM_VECTORS
 
+// GCC 12 takes what its own intrinsics leave undefined on purpose for a mistake
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <algorithm>
 #include <cstdint>

@@ -110,9 +110,10 @@ void block(const MmdTile& t, const std::vector<Part<T>>& parts, int64_t i, int64
 template <class T>
 void tile(const MmdKernel& kernel, const MmdTile& t, int threads) {
   const std::vector<Part<T>> parts = parts_of<T>(kernel);
-  // of few rows four blocks or so, for threads; in whole panels
-  const int64_t fourth = round_up((std::max(t.N, t.M) + 3) / 4, kPanel);
-  const int64_t size = std::clamp<int64_t>(fourth, 2 * kPanel, kBlock);
+  // a multiple of four blocks or so, so that every thread has as many; in whole panels
+  const int64_t most = std::max(t.N, t.M), count = round_up((most + kBlock - 1) / kBlock, 4);
+  const int64_t even = count ? round_up((most + count - 1) / count, kPanel) : 0;
+  const int64_t size = std::clamp<int64_t>(even, 2 * kPanel, kBlock);
   const int64_t n = (t.N + size - 1) / size, m = (t.M + size - 1) / size;
   const int64_t rounds = std::max(n, m);
   if (t.N * t.M < kSmall) threads = 1;

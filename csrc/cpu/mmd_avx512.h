@@ -21,7 +21,7 @@ FASTXM_AVX512 inline void rbf_avx512(const std::vector<Part<float>>& parts, int6
     for (int v = 0; v < count; ++v) {
       mask[v] = lanes(n - j - 16 * v);
       d2[v] = _mm512_maskz_loadu_ps(mask[v], s + j + 16 * v);
-      value[v] = slope[v] = _mm512_setzero_ps();
+      value[v] = slope[v] = e[v] = _mm512_setzero_ps();
     }
     for (const Part<float>& part : parts) {
       const __m512 rate = _mm512_set1_ps(-part.shape), weight = _mm512_set1_ps(part.weight);

@@ -1,9 +1,9 @@
 """InfoNCE on a CPU by the tile kernels of fastxm._C: one native call forward, and one backward.
 
-Forward: the products of a tile of 24 x 256 logits, and its sums while it is in the first level of
-the cache. Backward: gradients of the logits of some rows, from the products made again or from
-what the forward kept of each tile, exp(s - reference) in the dtype of the rows; then their
-products with y and x by the same kernels. Where there is no such kernel for the dtype,
+Forward: the products of a tile of 24 x 256 logits (32 of bfloat16), and its sums while it is in the
+first level of the cache. Backward: what the forward kept of each tile, exp(s - reference) in the
+dtype of the rows, or the same made again of some rows; from it gradients of the logits, tile by
+tile where their products with y and x take them. Where there is no such kernel for the dtype,
 `info_nce_blocks` does it.
 """
 
