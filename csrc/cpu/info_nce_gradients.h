@@ -130,14 +130,20 @@ class ColumnProducts {
   void add(const LogitGradients<E>& ds, const E* x, bool add, int threads) {
     const std::int64_t rows = ds.b.rows;
     Lines<E> turned((rows + kDeep - 1) / kDeep * D_ * kTurned);
+    // of few strips several threads take the same one, and of its sums some features each
+    const std::int64_t strips = std::max<std::int64_t>(1, (M_ + kStrip - 1) / kStrip);
+    const std::int64_t pieces = std::max<std::int64_t>(1, 2 * threads / strips);
+    const std::int64_t piece = std::max(kPanel, round_up((D_ + pieces - 1) / pieces, kPanel));
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
       for (std::int64_t i = 0; i < rows; i += kDeep)
         turn(x + i * D_, std::min(kDeep, rows - i), D_, turned.data() + i / kDeep * D_ * kTurned,
              kTurned);
-#pragma omp for schedule(dynamic)
-      for (std::int64_t j = 0; j < M_; j += kStrip) add_strip(ds, turned.data(), j, add);
+#pragma omp for collapse(2) schedule(dynamic)
+      for (std::int64_t j = 0; j < M_; j += kStrip)
+        for (std::int64_t d = 0; d < D_; d += piece)
+          add_strip(ds, turned.data(), j, d, std::min(piece, D_ - d), add);
     }
   }
 
@@ -162,7 +168,9 @@ class ColumnProducts {
  private:
   static constexpr std::int64_t kDeep = kRowsAtOnce<E>, kTurned = kDeep + 32;
 
-  void add_strip(const LogitGradients<E>& ds, const E* turned, std::int64_t j, bool add) const {
+  // to the sums of `count` features, from d on, of the strip of columns from j on
+  void add_strip(const LogitGradients<E>& ds, const E* turned, std::int64_t j, std::int64_t d,
+                 std::int64_t count, bool add) const {
     alignas(64) float scratch[kTile<E> * kStrip], values[kTile<E> * kStrip];
     Lines<E> chunk(panels_size(kStrip, kDeep));
     const std::int64_t width = std::min(kStrip, M_ - j);
@@ -172,8 +180,8 @@ class ColumnProducts {
         const Tile<float> t = ds(i + k, j, scratch, values);
         tile_steps(values, t.rows, t.width, chunk.data() + k * kPanel, depth * kPanel);
       }
-      multiply(panels_of(chunk, depth), turned, kTurned, D_, 0, width, sums_ + j * D_, width,
-               add || i > 0);
+      multiply(panels_of(chunk, depth), turned + d * kTurned, kTurned, count, 0, width,
+               sums_ + j * D_ + d * width, width, add || i > 0);
     }
   }
 
