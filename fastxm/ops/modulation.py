@@ -136,12 +136,9 @@ def _save(ctx, inputs, output):
     x, gamma, beta, _, _, *ctx.options = inputs
     ctx.save_for_backward(x, gamma, beta, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, *_):
-    if dout is None:
-        return (None,) * len(ctx.needs_input_grad)
     maps, rest = ctx.saved_tensors[:3], (*ctx.saved_tensors[3:], *ctx.options)
     if torch.is_grad_enabled():
         grads = dispatch.vjp(lambda *m: reference.fwd(*m, *rest)[0], maps, (dout,))

@@ -19,7 +19,8 @@ from fastxm.training.trainer import LoopConfig, train
 
 SIZE = 2  # processes: of 12 pictures they have 4 and 8
 SHORT, WHOLE = (LoopConfig(steps=steps, log_every=1, checkpoint_every=9) for steps in (2, 4))
-OPTIONS = {"batch_size": 12, "label_fraction": 0.5, "augment": "color,translation,cutout"}
+OPTIONS = {"precision": "fp32", "batch_size": 12, "label_fraction": 0.5,
+           "augment": "color,translation,cutout"}  # fmt: skip
 RUNS = {
     # R1 and the path length are of every second step; the perturbation has the first
     "lafite": (
