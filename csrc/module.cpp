@@ -6,6 +6,7 @@
 #include <malloc.h>
 #endif
 
+#include <cstdlib>
 #include <limits>
 #include <string>
 
@@ -54,6 +55,10 @@ bool keep_freed_memory() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastxm.";
+  const char* asked = std::getenv("FASTXM_CPU_LEVEL");
+  const std::string level = asked ? asked : "x86-64";
+  if (level != "avx512" && level != "avx2" && level != "x86-64")
+    throw py::import_error("FASTXM_CPU_LEVEL is avx512, avx2 or x86-64, not " + level);
   m.def("build_info", &build_info, "What was built and the instruction set used on this machine.");
   m.def("keep_freed_memory", &keep_freed_memory,
         "Lets the process keep the memory that it frees (glibc before 2.35: blocks up to 32 MiB); "

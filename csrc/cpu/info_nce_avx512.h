@@ -193,21 +193,11 @@ FASTXM_AVX512_BF16 void steps_avx512(const float* tile, std::int64_t rows, std::
 
 #endif
 
-// Whether tiles of T are for the functions above.
-template <class T>
-FASTXM_INLINE bool by_vectors() {
-#ifdef FASTXM_VECTORS
-  return std::is_same_v<T, float> && has_avx512();
-#else
-  return false;
-#endif
-}
-
 template <class T>
 FASTXM_INLINE void scale_tile(const Tile<T>& t, T* row_top, T* column_top) {
 #ifdef FASTXM_VECTORS
   if constexpr (std::is_same_v<T, float>)
-    if (by_vectors<T>() && !t.column_labels) return scale_tile_avx512(t, row_top, column_top);
+    if (has_avx512() && !t.column_labels) return scale_tile_avx512(t, row_top, column_top);
 #endif
   scale_tile_of(t, row_top, column_top);
 }
@@ -217,7 +207,7 @@ FASTXM_INLINE void shared_sums(const Tile<T>& t, const References<T>& references
                                std::int64_t row_stride, ColumnSums<T>& columns, E* keep) {
 #ifdef FASTXM_VECTORS
   if constexpr (std::is_same_v<T, float>)
-    if (by_vectors<T>()) return shared_sums_avx512(t, references, row, row_stride, columns, keep);
+    if (has_avx512()) return shared_sums_avx512(t, references, row, row_stride, columns, keep);
 #endif
   shared_sums_of(t, references, row, row_stride, columns, keep);
 }
@@ -227,7 +217,7 @@ FASTXM_INLINE void shared_gradient(const Tile<T>& t, const T* references, const 
                                    const E* kept, T* out, std::int64_t stride) {
 #ifdef FASTXM_VECTORS
   if constexpr (std::is_same_v<T, float>)
-    if (by_vectors<T>()) return shared_gradient_avx512(t, references, shares, kept, out, stride);
+    if (has_avx512()) return shared_gradient_avx512(t, references, shares, kept, out, stride);
 #endif
   shared_gradient_of(t, references, shares, kept, out, stride);
 }
@@ -236,7 +226,7 @@ template <class T, class E>
 FASTXM_INLINE void exponentials(const Tile<T>& t, const References<T>& references, E* keep) {
 #ifdef FASTXM_VECTORS
   if constexpr (std::is_same_v<T, float>)
-    if (by_vectors<T>()) return exponentials_avx512(t, references, keep);
+    if (has_avx512()) return exponentials_avx512(t, references, keep);
 #endif
   exponentials_of(t, references, keep);
 }
@@ -245,7 +235,7 @@ template <class E>
 FASTXM_INLINE void rows_to(const float* tile, std::int64_t rows, std::int64_t width, E* to,
                            std::int64_t stride) {
 #ifdef FASTXM_VECTORS
-  if (by_vectors<float>()) return rows_avx512(tile, rows, width, to, stride);
+  if (has_avx512()) return rows_avx512(tile, rows, width, to, stride);
 #endif
   rows_to_of(tile, rows, width, to, stride);
 }
@@ -257,7 +247,7 @@ FASTXM_INLINE void steps_to(const float* tile, std::int64_t rows, std::int64_t w
 FASTXM_INLINE void steps_to(const float* tile, std::int64_t rows, std::int64_t width,
                             bfloat16* panels, std::int64_t panel) {
 #ifdef FASTXM_VECTORS
-  if (by_vectors<float>()) return steps_avx512(tile, rows, width, panels, panel);
+  if (has_avx512()) return steps_avx512(tile, rows, width, panels, panel);
 #endif
   steps_to_of(tile, rows, width, panels, panel);
 }

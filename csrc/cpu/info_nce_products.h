@@ -1,4 +1,4 @@
-// InfoNCE's gradients as products of a block's logit gradients, by the tile kernels of gemm.h.
+// What InfoNCE's gradients are products of: tiles, rows and transposes as gemm.h takes them.
 #pragma once
 
 #include <algorithm>
