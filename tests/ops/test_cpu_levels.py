@@ -11,6 +11,7 @@ import torch
 from fastxm import _C
 from fastxm.ops import info_nce, mmd2, region_word_scores
 
+HERE = Path(__file__).parent  # where `fastxm` is what is installed, not the source beside it
 LEVELS = ["avx512", "avx2", "x86-64"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,8 +61,7 @@ def test_fewer_instructions_compute_the_same(level, here, tmp_path):
         pytest.skip("this machine has fewer")
     environment = {**os.environ, "FASTXM_CPU_LEVEL": level}
     script = f"import test_cpu_levels; test_cpu_levels.main({str(tmp_path / 'there')!r})"
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True,
-                   cwd=Path(__file__).parent)  # fmt: skip
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=HERE)
     there = torch.load(tmp_path / "there", weights_only=True)
     assert there["level"] == level
     # other orders of sums and other exponentials; of bfloat16 also what is widened, not rounded
@@ -76,6 +76,6 @@ def test_fewer_instructions_compute_the_same(level, here, tmp_path):
 def test_a_level_that_there_is_not_is_refused():
     environment = {**os.environ, "FASTXM_CPU_LEVEL": "avx1024"}
     done = subprocess.run([sys.executable, "-c", "from fastxm import _C"], env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+                          capture_output=True, text=True, cwd=HERE)  # fmt: skip
     assert done.returncode
     assert "avx512, avx2 or x86-64, not avx1024" in done.stderr
