@@ -18,6 +18,8 @@ namespace fastxm {
 
 namespace {
 
+constexpr std::int64_t kLongSum = 128;
+
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // some rows times a part of a panel, or of rows fewer than a register tile's, R at most, those
@@ -32,19 +34,23 @@ void times_panel(const char* a, std::int64_t a_row, std::int64_t a_step, std::in
       times_panel<Tile, R - 1>(a, a_row, a_step, rows, panel, steps, out, out_stride, width, add);
 }
 
-// Tile::depth steps are summed before the sum is added to others: fewer roundings, and of a panel
-// what stays in a near cache
+// A product's depth is taken in parts of at most Tile::depth steps, what of a panel stays in a near
+// cache, and their sums are added up: of more than kLongSum steps in two parts at least, as long
+// sums lose digits.
 template <class Tile>
 void multiply_as(const Panels& panels, const Left& a, std::int64_t rows, std::int64_t first,
                  std::int64_t columns, float* out, std::int64_t out_stride, bool add) {
-  std::int64_t steps = panels.depth / Tile::step;
+  const std::int64_t steps = panels.depth / Tile::step;
+  const std::int64_t least = steps > kLongSum ? 2 : 1;
+  const std::int64_t parts = std::max((steps + Tile::depth - 1) / Tile::depth, least);
+  const std::int64_t part = std::max<std::int64_t>(1, (steps + parts - 1) / parts);
   const std::int64_t bytes = panels.apart() / Tile::step * 4 * kPanel;
   const char* panel = pointer<const char>(panels.data) + first / kPanel * bytes;
   const char* row = static_cast<const char*>(a.data);
   for (std::int64_t j = 0; j < columns; j += kPanel, panel += bytes)
-    for (std::int64_t k = 0; k == 0 || k < steps; k += Tile::depth)
+    for (std::int64_t k = 0; k == 0 || k < steps; k += part)
       times_panel<Tile>(row + k * a.step, a.row, a.step, rows, panel + 4 * kPanel * k,
-                        std::min(Tile::depth, steps - k), out + j, out_stride,
+                        std::min(part, steps - k), out + j, out_stride,
                         std::min(kPanel, columns - j), add || k > 0);
 }
 

@@ -37,15 +37,16 @@ void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t ds, std:
                          int threads);
 
 // What the tiles take, of float or of bfloat16 (`bf16`, depth even): x [pictures, regions, depth],
-// words [words, depth], word_rnorm [words] (float), starts [texts + 1] (int64). s [pictures, words,
-// regions] (float) and contexts [pictures, words, depth] of the first `kept` pictures are kept
-// between forward and backward. `block` pictures are taken at a time.
+// words [words, depth], word_rnorm [words] (float), starts [texts + 1] (int64). Of the first `kept`
+// pictures s [pictures, words, regions] (float) is kept between forward and backward, and `inner`,
+// the contexts [pictures, words, depth], or with `gram`, which is of float, h [pictures, words,
+// regions]. The backward takes `block` pictures before it adds up what they give to the words.
 struct RegionWordGiven {
-  std::int64_t bf16, pictures, regions, depth, texts, words, word_softmax, block, kept;
-  std::uintptr_t x, w, word_rnorm, starts, s, contexts;
+  std::int64_t bf16, pictures, regions, depth, texts, words, word_softmax, gram, block, kept;
+  std::uintptr_t x, w, word_rnorm, starts, s, inner;
 };
 
-using RegionWordNumbers = std::array<std::uint64_t, 15>;
+using RegionWordNumbers = std::array<std::uint64_t, 16>;
 
 // the numbers in the order of the struct's members
 inline RegionWordGiven region_word_given(const RegionWordNumbers& numbers) {

@@ -1,18 +1,27 @@
 // Rows that are factors of the products of region-word scores, of float or bfloat16.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/region_word_rows.h"
 
 namespace fastxm {
 namespace {
 
 using std::int64_t;
 
+template <class From, class E>
+FASTXM_INLINE void scale_row(const From* from, float factor, int64_t n, E* to) {
+#ifdef FASTXM_VECTORS
+  if constexpr (sizeof(E) == 2)  // tiles of bfloat16 are of machines that round it, or of none
+    if (has_avx512()) return scale_avx512(from, factor, n, to);
+#endif
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) from_float(factor * to_float(from[i]), to[i]);
+}
+
 template <class E>
 FASTXM_INLINE void round_rows_of(const float* from, int64_t rows, int64_t n, E* to, int64_t width) {
   for (int64_t i = 0; i < rows; ++i, from += n, to += width) {
-#pragma omp simd
-    for (int64_t r = 0; r < n; ++r) from_float(from[r], to[r]);
+    scale_row(from, 1, n, to);
     for (int64_t r = n; r < width; ++r) from_float(0.0f, to[r]);
   }
 }
@@ -21,21 +30,12 @@ FASTXM_INLINE void round_rows_of(const float* from, int64_t rows, int64_t n, E* 
 template <class E>
 FASTXM_INLINE void scale_rows_of(const E* from, const float* factors, int64_t rows, int64_t n,
                                  E* to) {
-  for (int64_t i = 0; i < rows; ++i, from += n, to += n) {
-    const float factor = factors[i];
-#pragma omp simd
-    for (int64_t d = 0; d < n; ++d) from_float(factor * to_float(from[d]), to[d]);
-  }
+  for (int64_t i = 0; i < rows; ++i, from += n, to += n) scale_row(from, factors[i], n, to);
 }
 
 template <class E>
 FASTXM_INLINE void squares_of(const E* rows, int64_t n, float* square, int64_t count) {
-  for (int64_t i = 0; i < count; ++i, rows += n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < n; ++d) sum += to_float(rows[d]) * to_float(rows[d]);
-    square[i] = sum;
-  }
+  for (int64_t i = 0; i < count; ++i, rows += n) square[i] = product_of(rows, rows, n);
 }
 
 // out = the gradient of rows x from that of x / norm

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/region_word_avx512.h"
 #include "cpu/simd.h"
 
 namespace fastxm {
@@ -41,6 +42,10 @@ FASTXM_INLINE void softmax_words(const T* s, T* beta, int64_t words, int64_t R, 
 // one row: alpha = softmax(sharp beta), alpha may be beta; returns sum alpha s
 template <class T>
 FASTXM_INLINE T softmax_regions(const T* s, const T* beta, T* alpha, int64_t R, T sharp) {
+#ifdef FASTXM_VECTORS
+  if constexpr (sizeof(T) == 4)
+    if (has_avx512()) return softmax_regions_avx512(s, beta, alpha, R, sharp);
+#endif
   T maximum = sharp * beta[0];
 #pragma omp simd reduction(max : maximum)
   for (int64_t r = 0; r < R; ++r) maximum = std::max(maximum, sharp * beta[r]);
@@ -79,15 +84,23 @@ FASTXM_INLINE T pool_weights(const T* dots, const T* word_rnorm, const T* square
   return best;
 }
 
+// sum of a b
+template <class E>
+FASTXM_INLINE auto product_of(const E* a, const E* b, int64_t n) {
+#ifdef FASTXM_VECTORS
+  if constexpr (sizeof(E) <= 4)
+    if (has_avx512()) return product_avx512(a, b, n);
+#endif
+  decltype(to_float(*a)) sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += to_float(a[i]) * to_float(b[i]);
+  return sum;
+}
+
 // products [words]: of the rows of a and b, of n elements
 template <class T>
 FASTXM_INLINE void multiply_rows(const T* a, const T* b, int64_t n, T* products, int64_t words) {
-  for (int64_t j = 0; j < words; ++j) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += a[j * n + i] * b[j * n + i];
-    products[j] = sum;
-  }
+  for (int64_t j = 0; j < words; ++j) products[j] = product_of(a + j * n, b + j * n, n);
 }
 
 // the score of a text; scratch [words]

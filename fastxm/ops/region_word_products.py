@@ -63,16 +63,15 @@ def of(regions: Tensor, words: Tensor) -> Vendor | Half:
 
 
 def tile_dtype(regions: Tensor, words: Tensor) -> torch.dtype | None:
-    """Of the tile kernels' products: bfloat16 where regions and words are; None where others
-    are at least as fast: on short rows, and in float32 where r rᵀ saves much (see gram)."""
-    R, D = regions.shape[1:]
-    if regions.device.type != "cpu" or wide_dtype(regions, words) != torch.float32:
+    """Of the tile kernels' products: bfloat16 where regions and words are; None where there are
+    none, or on short rows, where others are at least as fast."""
+    D, wide = regions.shape[2], wide_dtype(regions, words)
+    if D < gemm.PANEL or regions.device.type != "cpu" or wide != torch.float32:
         return None
     half = regions.dtype == words.dtype == torch.bfloat16 and D % 2 == 0
     if half and torch.bfloat16 in gemm.PACKED:
-        return torch.bfloat16 if D >= gemm.PANEL else None
-    pays = D >= gemm.PANEL and not (2 * R <= D and gram(regions, words))
-    return torch.float32 if pays and torch.float32 in gemm.PACKED else None
+        return torch.bfloat16
+    return torch.float32 if torch.float32 in gemm.PACKED else None
 
 
 def dtype_of(regions: Tensor, words: Tensor) -> torch.dtype:
@@ -81,11 +80,12 @@ def dtype_of(regions: Tensor, words: Tensor) -> torch.dtype:
 
 
 def gram(regions: Tensor, words: Tensor) -> bool:
-    """Whether |c|^2 comes from r rᵀ: cheaper with many words; but of few regions c may be
-    much shorter than they are, and alpha (r rᵀ) would lose its digits."""
+    """Whether |c|^2 comes from r rᵀ: cheaper with short rows of r rᵀ and many words; but of few
+    regions c may be much shorter than they are, and alpha (r rᵀ) would lose its digits, as in
+    halves it does of many."""
     (R, D), K = regions.shape[1:], words.shape[0] * words.shape[1]
-    wide = not isinstance(of(regions, words), Half)
-    return wide and R > 32 and R * (D + K) < K * D
+    wide = dtype_of(regions, words) not in gemm.HALVES
+    return wide and 32 < R <= D and 2 * R * (D + K) < 3 * K * D
 
 
 def kept_places(kept: Tensor, regions: Tensor, K: int) -> tuple[Tensor, Tensor] | None:
@@ -114,8 +114,7 @@ def kept_shape(regions: Tensor, words: Tensor, keep: bool) -> tuple[int, ...]:
     if not keep or regions.device.type != "cpu":
         return (0, 0, 0)
     tile, wide = tile_dtype(regions, words), wide_dtype(regions, words).itemsize
-    if tile is None:
-        width = R + (R if gram(regions, words) else D)
-        return (P, K, width) if P * K * width * wide <= KEPT else (0, 0, 0)
-    width = R + D * tile.itemsize // wide
-    return (min(P, KEPT // max(1, K * width * wide)), K, width)
+    short = D if tile is None else D * tile.itemsize // wide
+    width = R + (R if gram(regions, words) else short)
+    fitting = KEPT // max(1, K * width * wide)
+    return (0, 0, 0) if tile is None and fitting < P else (min(P, fitting), K, width)

@@ -1,8 +1,9 @@
 """Region-word scores on a CPU whose products stand in tiles (`fastxm.ops.gemm.LEVEL`).
 
 A tile has the words of some texts and one picture. Its products, softmax and gradients follow each
-other in the cache; in bfloat16 the factors of products are rounded, and all else is float32. What
-products share, the panels of a block of pictures, is made once for all words.
+other in the cache; in bfloat16 the factors of products are rounded, and all else is float32. Of a
+picture all is done by one thread, which packs once what the products of all words share; only the
+words' gradients are sums over pictures, and are taken from a block of them.
 """
 
 import torch
@@ -13,7 +14,7 @@ from fastxm.ops import region_word_products as products
 from fastxm.ops.dispatch import threads
 from fastxm.ops.region_word_rows import Texts, norms
 
-BLOCK = 4 << 20  # bytes of the panels of pictures, and of what words make of them, together
+BLOCK = 8 << 20  # bytes of what the words' gradients take of a block of pictures
 
 
 class _Given:
@@ -27,9 +28,10 @@ class _Given:
         self.packed = self.texts.pack(words).to(dtype)  # [K, D]
         self.rnorm = norms(self.packed, torch.float32).reciprocal()
         self.options, K = (sharp, pool), self.texts.K
-        row = 2 * R * D + K * (3 * R + D)  # panels, and of the backward ds, alpha and contexts
-        block = max(1, min(P, BLOCK // (row * dtype.itemsize)))
-        self.sizes = (dtype == torch.bfloat16, P, R, D, len(words), K, word_softmax, block)
+        gram, bf16 = products.gram(regions, words), dtype == torch.bfloat16
+        blocks = max(1, -(-P * R * (D + K) * dtype.itemsize // BLOCK))
+        block = -(-P // (blocks * threads())) * threads()  # pictures of each: no thread waits long
+        self.sizes = (bf16, P, R, D, len(words), K, word_softmax, gram, block)
 
     def numbers(self, places: tuple[Tensor, Tensor] | None) -> list[int]:
         """RegionWordGiven of csrc/cpu/region_word.h."""
