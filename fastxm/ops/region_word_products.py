@@ -6,7 +6,7 @@ from torch import Tensor
 from fastxm.ops import gemm
 from fastxm.ops.dispatch import wide_dtype
 
-KEPT = 64 << 20  # bytes of s and the contexts (or h) that the forward keeps for the backward
+KEPT = 128 << 20  # bytes of s and the contexts (or h) that the forward keeps for the backward
 
 
 class Vendor:
