@@ -15,6 +15,7 @@
 #include "cpu/mmd.h"
 #include "cpu/modulation.h"
 #include "cpu/region_word.h"
+#include "cpu/siglip.h"
 #include "cpu/simd.h"
 #ifdef FASTXM_CUDA
 #include "cuda/info_nce.h"
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("region_word_pool_cpu", &fastxm::region_word_pool_cpu, release());
   m.def("region_word_tiles_bwd_cpu", &fastxm::region_word_tiles_bwd_cpu, release());
   m.def("region_word_tiles_fwd_cpu", &fastxm::region_word_tiles_fwd_cpu, release());
+  m.def("siglip_cpu", &fastxm::siglip_cpu, release());
 #ifdef FASTXM_CUDA
   m.def("info_nce_workspace_cuda", &fastxm::info_nce_workspace_cuda, release());
   m.def("info_nce_fwd_cuda", &fastxm::info_nce_fwd_cuda, release());

@@ -37,6 +37,11 @@ inline std::int64_t panels_size(std::int64_t columns, std::int64_t depth) {
   return round_up(columns, kPanel) * depth;
 }
 
+template <class E>
+Panels panels_of(const E* data, std::int64_t depth, std::int64_t whole = 0) {
+  return {sizeof(E) == 2, depth, reinterpret_cast<std::uintptr_t>(data), whole};
+}
+
 // y [rows, columns], of rows `stride` apart, as the panels' depth from row `first` on; of bfloat16
 // `first` is even, and an odd last row is followed by one of 0
 void pack_rows(const Panels& panels, const void* y, std::int64_t rows, std::int64_t columns,
@@ -57,12 +62,38 @@ void gemm_pack_rows_cpu(bool bf16, std::uintptr_t y, std::int64_t rows, std::int
 void transpose(const void* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
                void* to, std::int64_t to_stride);
 
+// to [columns, to_stride] = the transpose of from [rows, columns], whose rows stand `stride` apart;
+// of bfloat16 with a 0 after an odd last row
+template <class E>
+void turn(const E* from, std::int64_t rows, std::int64_t columns, std::int64_t stride, E* to,
+          std::int64_t to_stride) {
+  if constexpr (sizeof(E) == 4) {
+    transpose(from, stride, rows, columns, to, to_stride);
+    return;
+  }
+  constexpr std::int64_t some = 64;  // whose pairs stay in the first cache level
+  alignas(64) E pairs[some * kPanel];
+  for (std::int64_t i = 0; i < rows; i += some)
+    for (std::int64_t j = 0; j < columns; j += kPanel) {
+      const std::int64_t n = std::min(some, rows - i), width = std::min(kPanel, columns - j);
+      const Panels block = panels_of(pairs, round_up(n, 2));
+      pack_rows(block, from + i * stride + j, n, width, stride, 0, 1);
+      transpose(pairs, kPanel, block.depth / 2, width, to + j * to_stride + i, to_stride / 2);
+    }
+}
+
 // a matrix whose step k of row i, a float or a pair of bfloat16, is `i row + k step` bytes from its
 // data; row or step is 4
 struct Left {
   const void* data;
   std::int64_t row, step;
 };
+
+// one panel's columns, from `first` on, as rows
+template <class E>
+Left columns_of(const Panels& panels, std::int64_t first) {
+  return {reinterpret_cast<const E*>(panels.data) + first * panels.apart(), 4, 4 * kPanel};
+}
 
 // out [rows, columns] = a [rows, depth] times the packed columns from `first`, a multiple of 64; or
 // that is added to it

@@ -56,7 +56,7 @@ void sums(const InfoNceProblem& p, float* row, float* column, std::int64_t works
     using E = decltype(element);
     std::int64_t step = rows_of<E>(workspace, strips * kStatistics * sizeof(float));
     Lines<E> columns_of_y(panels_size(p.columns, p.depth));
-    const Panels columns = panels_of(columns_of_y, p.depth);
+    const Panels columns = panels_of(columns_of_y.data(), p.depth);
     pack_columns(columns, pointer<const E>(p.y), p.columns, p.depth, threads);
     auto* kept = pointer<Kept<E>>(p.kept);
     const std::int64_t tiles = (p.rows + kTile<E> - 1) / kTile<E> * strips;
@@ -121,7 +121,7 @@ void gradients(InfoNceProblem p, const float* row_terms, const float* column_ter
                      return tile.reference != tile.reference;
                    });
   Lines<E> columns_of_y(all ? 0 : panels_size(M, D));
-  const Panels columns = panels_of(columns_of_y, D);
+  const Panels columns = panels_of(columns_of_y.data(), D);
   if (!all) pack_columns(columns, pointer<const E>(p.y), M, D, threads);
   // where nothing is kept, it is made again of as many rows as `workspace` holds
   const std::int64_t n = kept ? N : std::min(N, rows_of<E>(workspace, strips * kStrip * 4));

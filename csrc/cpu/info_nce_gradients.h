@@ -83,7 +83,7 @@ class RowProducts {
 
   // what of y the chunk of columns from j on is multiplied by
   Panels panels(std::int64_t j) const {
-    Panels panels = panels_of(packed_, round_up(std::min(kDeep, M_ - j), kStep<E>));
+    Panels panels = panels_of(packed_.data(), round_up(std::min(kDeep, M_ - j), kStep<E>));
     panels.data += j / kDeep * panels_size(D_, kDeep) * sizeof(E);
     return panels;
   }
@@ -138,8 +138,8 @@ class ColumnProducts {
     {
 #pragma omp for
       for (std::int64_t i = 0; i < rows; i += kDeep)
-        turn(x + i * D_, std::min(kDeep, rows - i), D_, turned.data() + i / kDeep * D_ * kTurned,
-             kTurned);
+        turn(x + i * D_, std::min(kDeep, rows - i), D_, D_,
+             turned.data() + i / kDeep * D_ * kTurned, kTurned);
 #pragma omp for collapse(2) schedule(dynamic)
       for (std::int64_t j = 0; j < M_; j += kStrip)
         for (std::int64_t d = 0; d < D_; d += piece)
@@ -180,7 +180,7 @@ class ColumnProducts {
         const Tile<float> t = ds(i + k, j, scratch, values);
         tile_steps(values, t.rows, t.width, chunk.data() + k * kPanel, depth * kPanel);
       }
-      multiply(panels_of(chunk, depth), turned + d * kTurned, kTurned, count, 0, width,
+      multiply(panels_of(chunk.data(), depth), turned + d * kTurned, kTurned, count, 0, width,
                sums_ + j * D_ + d * width, width, add || i > 0);
     }
   }

@@ -47,22 +47,6 @@ FASTXM_MULTIARCH void round_rows(const float* from, std::int64_t stride, std::in
       from_float(from[i * stride + j], to[i * to_stride + j]);
 }
 
-template <class E>
-Panels panels_of(const Lines<E>& lines, std::int64_t depth) {
-  return {sizeof(E) == 2, depth, reinterpret_cast<std::uintptr_t>(lines.data())};
-}
-
-// to [columns, stride] = the transpose of x [rows, columns]; of bfloat16 with a 0 after an odd row
-template <class E>
-void turn(const E* x, std::int64_t rows, std::int64_t columns, E* to, std::int64_t stride) {
-  const std::int64_t depth = round_up(rows, kStep<E>);
-  Lines<E> room(panels_size(columns, depth));
-  pack_rows(panels_of(room, depth), x, rows, columns, columns, 0, 1);
-  for (std::int64_t j = 0; j < columns; j += kPanel)
-    transpose(room.data() + j * depth, kPanel, depth / kStep<E>, std::min(kPanel, columns - j),
-              to + j * stride, stride / kStep<E>);
-}
-
 // out[i] = <x[i], dx[i]> / factor[i]
 template <class E, class Out>
 FASTXM_INLINE void inner_of(const E* x, const Out* dx, std::int64_t rows, std::int64_t depth,

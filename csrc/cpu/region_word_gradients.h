@@ -43,8 +43,7 @@ struct Gradients {
   const Texts<E>& t;
   Picture<E> picture;
   Tile<E> tile;
-  Lines<E> ds, alpha, more;  // [R, depth], and panels of 2 d|c|^2 alpha or contexts
-  Lines<E> scratch;
+  Lines<E> ds, alpha, more;      // [R, depth], and panels of 2 d|c|^2 alpha or contexts
   Lines<float> gradient, dgram;  // [R, D]; with gram [R, R], sum 2 d|c|^2 alpha alpha^T
   const E* words;                // panels of all
 
@@ -55,7 +54,6 @@ struct Gradients {
         ds(t.R * t.depth),
         alpha(t.R * t.depth),
         more(panels_size(t.g.gram ? t.R : t.D, t.depth)),
-        scratch(sizeof(E) == 2 ? panels_size(t.R, t.most + 1) : 0),
         gradient(t.R * t.D),
         dgram(t.g.gram ? t.R * t.R : 0),
         words(all_words) {}
@@ -91,7 +89,7 @@ struct Gradients {
     const float* rnorm = pointer<const float>(t.g.word_rnorm) + c.word;
     const Panels to = panels_of(more.data(), t.depth);
     const E* by = tile.attention(picture, c, i, true);
-    turn(by, c.words, R, t.width, alpha.data() + c.own, t.depth, scratch.data());
+    turn(by, c.words, R, t.width, alpha.data() + c.own, t.depth);
     if (!t.g.gram) multiply_rows(picture.rows, tile.context, D, c.words, R, tile.h);
     float* of_s = tile.ds;
     if constexpr (sizeof(E) == 4)
@@ -112,7 +110,7 @@ struct Gradients {
       pack_rows(to, tile.scaled, c.words, D, D, c.own, 1);
     }
     by = tile.factor(of_s, c.words, own ? own : tile.weights);
-    turn(by, c.words, R, t.width, ds.data() + c.own, t.depth, scratch.data());
+    turn(by, c.words, R, t.width, ds.data() + c.own, t.depth);
   }
 
   // what the words of c and the chunks of the same product give to the regions

@@ -65,27 +65,6 @@ struct Texts {
   const E* words(int64_t k) const { return pointer<const E>(g.w) + k * D; }
 };
 
-template <class E>
-Panels panels_of(const E* data, int64_t depth, int64_t whole = 0) {
-  return {sizeof(E) == 2, depth, reinterpret_cast<std::uintptr_t>(data), whole};
-}
-
-// to [columns, stride] = the transpose of rows [n, columns], whose rows stand `width` apart; of
-// bfloat16 an odd n is followed by a row of 0. scratch [panels_size(columns, n + 1)]
-template <class E>
-void turn(const E* rows, int64_t n, int64_t columns, int64_t width, E* to, int64_t stride,
-          E* scratch) {
-  if constexpr (sizeof(E) == 4) {
-    transpose(rows, width, n, columns, to, stride);
-  } else {
-    const int64_t depth = round_up(n, 2);
-    pack_rows(panels_of(scratch, depth), rows, n, columns, width, 0, 1);
-    for (int64_t j = 0; j < columns; j += kPanel)
-      transpose(scratch + j * depth, kPanel, depth / 2, std::min(kPanel, columns - j),
-                to + j * stride, stride / 2);
-  }
-}
-
 inline void multiply_rows(const Panels& by, const void* a, int64_t stride, int64_t n,
                           int64_t columns, float* out, bool add = false) {
   multiply(by, a, stride, n, 0, columns, out, columns, add);

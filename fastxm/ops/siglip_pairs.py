@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastxm.ops.dispatch import wide
+from fastxm import _C
+from fastxm.ops import gemm
+from fastxm.ops.dispatch import threads, wide
 
-BLOCK = 16 << 20  # bytes of a block of logits
+BLOCK = 16 << 20  # bytes of a block of logits, or of their gradients
 
 
 def pair_sums(
@@ -18,6 +20,10 @@ def pair_sums(
 
     paired: whether the rows are each other's partners; else all pairs are negatives.
     """
+    if x.device.type == "cpu" and x.numel() and y.numel():
+        given = gemm.operands(x, y)
+        if given[0].dtype in gemm.PACKED:
+            return _tiles(given[0], given[1], x.shape[1], scale, bias, paired, gradients)
     loss, dscale, dbias = (torch.zeros_like(scale) for _ in range(3))
     x, y = wide(x, y)
     dx, dy = (t.new_zeros(t.shape) if gradients else t for t in (x, y))
@@ -37,6 +43,27 @@ def pair_sums(
             dx[here] = ds.mul_(scale) @ y
             dy.addmm_(ds.T, x[here])
     return loss, (dx, dy, dscale, dbias) if gradients else ()
+
+
+def _tiles(
+    x: Tensor, y: Tensor, D: int, scale: Tensor, bias: Tensor, paired: bool, gradients: bool
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The same by C++, which takes what follows a product while a tile of it is in the cache; x and
+    y as `gemm.operands` gives them. ds is rounded to their dtype, all else is float32."""
+    block = max(16, BLOCK // (2 * len(y) * x.itemsize)) // 2 * 2  # as rows and as columns
+    places = [x, gemm.pack(y)]
+    if gradients:
+        dx, dy = (torch.empty_like(t, dtype=scale.dtype) for t in (x, y))
+        places += [gemm.pack(y, depth=True), gemm.pack(x, depth=True), dx, dy]
+    sizes = (x.dtype == torch.bfloat16, len(x), len(y), x.shape[1], paired, block)
+    addresses = [0 if place is None else place.data_ptr() for place in places]
+    numbers = [*map(int, sizes), *addresses, *[0] * (6 - len(addresses))]
+    sums = _C.siglip_cpu(numbers, float(scale), float(bias), threads())
+    loss, dscale, dbias = (scale.new_tensor(s) for s in sums)
+    if not gradients:
+        return loss, ()
+    dx, dy = (t[:, :D].contiguous() for t in (dx, dy))  # less what makes an odd D even
+    return loss, (dx, dy, dscale, dbias)
 
 
 def formula(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, start: int = 0) -> Tensor:

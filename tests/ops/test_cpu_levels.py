@@ -10,6 +10,7 @@ import torch
 
 from fastxm import _C
 from fastxm.ops import info_nce, mmd2, region_word_scores
+from fastxm.ops.siglip import siglip
 
 HERE = Path(__file__).parent  # where `fastxm` is what is installed, not the source beside it
 LEVELS = ["avx512", "avx2", "x86-64"]
@@ -37,6 +38,7 @@ def results(dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
         found[f"few {stored}"] = of(info_nce(z, y, 20.0, stored_bytes=stored, **few), z, y)
         far = info_nce(x, y, 4000.0, stored_bytes=stored)  # no reference serves all of a tile
         found[f"far {stored}"] = of(far / 4000, x, y)
+    found["siglip"] = of(siglip(x, y, 4.0, -1.0), x, y)
     found["mmd"] = of(mmd2(y, z), y, z)
     words = z[:126].view(9, 14, 98)
     lengths = torch.tensor([14, 3, 1, 9, 14, 7, 2, 5, 11])
