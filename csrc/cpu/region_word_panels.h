@@ -50,6 +50,7 @@ struct Texts {
       chunks.back().texts += 1, chunks.back().words += n;
       longest = std::max(longest, n);
     }
+    if (chunks.empty()) chunks.push_back({});  // no texts give 0 to every picture
     const int64_t count = chunks.size();
     for (int64_t i = 0, first = 0; i < count; ++i) {
       Chunk& c = chunks[i];

@@ -117,6 +117,19 @@ def test_backward(shape, form, dtype, device):
     no_worse(*both(form, gradient), *draws(*shape, device, dtype), of_draws=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [8, 128])  # blocks, and tiles
+@pytest.mark.parametrize(("B_image", "lengths"), [(3, []), (0, [2, 1]), (2, [0, 0])], ids=str)
+def test_nothing_gives_nothing(B_image, lengths, D, dtype):
+    regions = torch.randn(B_image, 40, D).to(dtype).requires_grad_()
+    words = torch.randn(len(lengths), 5, D).to(dtype).requires_grad_()
+    scores = region_word_scores(regions, words, torch.tensor(lengths, dtype=torch.long))
+    assert scores.shape == (len(lengths), B_image)
+    cotangents = torch.ones_like(scores) if sum(lengths) else torch.zeros_like(scores)
+    for gradient_of in torch.autograd.grad(scores, (regions, words), cotangents):
+        assert not gradient_of.any()
+
+
 def test_contexts_much_shorter_than_regions():
     """Of one word the softmax over words is 1, so that a context is the mean of the regions."""
     form = {"word_softmax": True}
