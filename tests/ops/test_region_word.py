@@ -196,10 +196,11 @@ def test_invariances(form, device):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_two_runs_and_any_thread_count_give_the_same_bits(form, device):
+@pytest.mark.parametrize("B_image", [1, 5])  # fewer than threads, and more
+def test_two_runs_and_any_thread_count_give_the_same_bits(B_image, form, device):
     before = torch.get_num_threads()
     f = lambda *t: region_word_scores(*t, **form)  # noqa: E731
-    tensors, results = inputs(5, 64, 64, 16, 17, device), []  # large enough that threads share it
+    tensors, results = inputs(B_image, 64, 64, 16, 17, device), []  # large enough to share
     for threads in (1, 3, 3):
         torch.set_num_threads(threads)
         results.append([f(*tensors), *gradient(f)(*tensors)])
