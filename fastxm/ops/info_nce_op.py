@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fastxm.ops import info_nce_cuda as cuda
 from fastxm.ops import info_nce_reference as reference
 from fastxm.ops import info_nce_tiles as tiles
 from fastxm.ops import info_nce_triton as triton
+from fastxm.ops.eager import eager
 
 BACKENDS = {"reference": reference, "cpu": tiles, "cuda": cuda, "triton": triton}
 # elements whose products cost as much time as to write one product and read it again; elsewhere
@@ -121,30 +123,5 @@ def _backward(ctx, dloss, *_, gradients=gradients_of):
 losses_of.register_autograd(_backward, setup_context=_save)
 
 
-class _Eager(torch.autograd.Function):
-    """The op without its registration, which takes longer than the work on a hundred rows."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _losses(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        return _backward(ctx, *cotangents, gradients=_gradients)
-
-
-def losses(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`losses_of`; the op that it is where PyTorch traces or transforms, else without."""
-    return (_Eager.apply if _runs_at_once(x) else losses_of)(x, *inputs)
-
-
-def _runs_at_once(x: Tensor) -> bool:
-    """Whether ops on x run as they are called: no torch.compile, functorch transform or mode."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-    )
+# losses_of, without what its registration costs where PyTorch does not trace or transform it
+losses = eager(losses_of, _losses, _save, partial(_backward, gradients=_gradients))

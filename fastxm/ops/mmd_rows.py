@@ -80,7 +80,7 @@ class Rows:
         norms = torch.cat([t.to(weight.dtype).square().sum(1) for t in some])
         return cls(z, panels, norms, weight, weight, zeros, torch.zeros_like(weight), other, dz)
 
-    def begin(self, coefficient: Tensor) -> "Rows":
+    def begin(self, coefficient: Tensor | float) -> "Rows":
         scale = coefficient * self.weight
         potential = torch.zeros_like(scale, dtype=torch.float64)
         return replace(self, scale=scale, potential=potential)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch, mmd_reference
+from fastxm.ops.eager import eager
 from fastxm.ops.mmd_backends import forward
 from fastxm.ops.mmd_problems import per_row
 from fastxm.ops.mmd_reference import Options
@@ -47,11 +48,10 @@ def kernel_sums(
         [G], of a's dtype.
     """
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, y, parameters)]
-    return _fwd(x, y, a, b, c, parameters, x_starts, y_starts, *options, wanted)[0]
+    return _sums(x, y, a, b, c, parameters, x_starts, y_starts, *options, wanted)[0]
 
 
-@torch.library.custom_op("fastxm::mmd_fwd", mutates_args=())
-def _fwd(
+def _forward(
     x: Tensor,
     y: Tensor,
     a: Tensor,
@@ -71,6 +71,9 @@ def _fwd(
     options = Options(terms, drop_self, drop_paired, precision)
     with torch.autocast(x.device.type, enabled=False):
         return forward(inputs, (x_starts, y_starts), options, wanted)
+
+
+_fwd = torch.library.custom_op("fastxm::mmd_fwd", _forward, mutates_args=())
 
 
 @_fwd.register_fake
@@ -107,3 +110,4 @@ def _backward(ctx, dtotal, *_):
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
+_sums = eager(_fwd, _forward, _save, _backward)

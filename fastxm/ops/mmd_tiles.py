@@ -54,7 +54,7 @@ def visit(
     function: Function,
     x: Rows,
     y: Rows,
-    coefficient: Tensor,
+    coefficient: Tensor | float,
     drop: bool,
     make: Maker,
     tile: int,
@@ -75,8 +75,8 @@ def visit(
         potentials of x [N] and of y [M], float64.
     """
     triangle = x is y
-    x, y = x.begin(coefficient), y.begin(coefficient if of_y is None else of_y)
-    y = x if triangle else y
+    x = x.begin(coefficient)
+    y = x if triangle else y.begin(coefficient if of_y is None else of_y)
     N, M = len(x.z), len(y.z)
     if y.panels is not None:
         whole(function, x, y, "dropped" if drop else "same" if triangle else "plain")
