@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastxm.ops import dispatch
 from fastxm.ops import region_word_products as products
-from fastxm.ops.region_word_op import scores_of
+from fastxm.ops.region_word_op import scores
 from fastxm.ops.region_word_reference import valid_words
 
 
@@ -75,4 +75,4 @@ def region_word_scores(
         words = dispatch.unit_rows(words).to(products.dtype_of(regions, words))
     options = (float(attention_sharpness), float(pooling_sharpness), word_softmax)
     keep = torch.is_grad_enabled() and (regions.requires_grad or words.requires_grad)
-    return scores_of(regions, words, lengths, *options, keep)[0]
+    return scores(regions, words, lengths, *options, keep)[0]

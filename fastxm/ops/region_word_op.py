@@ -1,5 +1,6 @@
 """Region-word scores as one op of PyTorch: which backend runs, and autograd."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from fastxm.ops import region_word_products as products
 from fastxm.ops import region_word_reference as reference
 from fastxm.ops import region_word_tiles as tiles
 from fastxm.ops import region_word_triton as triton
+from fastxm.ops.eager import eager
 
 BACKENDS = {"reference": reference, "cpu": blocks, "cuda": blocks, "triton": triton}
 
@@ -30,8 +32,7 @@ def backend(regions: Tensor, words: Tensor) -> Any:
     return tiles if tiled else BACKENDS[name]
 
 
-@torch.library.custom_op("fastxm::region_word_fwd", mutates_args=())
-def scores_of(
+def _scores(
     regions: Tensor,
     words: Tensor,
     lengths: Tensor,
@@ -47,8 +48,7 @@ def scores_of(
         return backend(regions, words).fwd(*args), kept
 
 
-@torch.library.custom_op("fastxm::region_word_bwd", mutates_args=())
-def gradients_of(
+def _gradients(
     dscores: Tensor,
     regions: Tensor,
     words: Tensor,
@@ -63,6 +63,10 @@ def gradients_of(
     with torch.autocast(words.device.type, enabled=False):
         given = (dscores, regions, words, lengths, kept, *options)
         return backend(regions, words).bwd(*given, of_words=of_words)
+
+
+scores_of = torch.library.custom_op("fastxm::region_word_fwd", _scores, mutates_args=())
+gradients_of = torch.library.custom_op("fastxm::region_word_bwd", _gradients, mutates_args=())
 
 
 @scores_of.register_fake
@@ -85,7 +89,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # of what is kept, which is large
 
 
-def _backward(ctx, dscores, _):
+def _backward(ctx, dscores, _, gradients=gradients_of):
     if dscores is None:
         return (None,) * len(ctx.needs_input_grad)
     saved = ctx.saved_tensors
@@ -93,9 +97,12 @@ def _backward(ctx, dscores, _):
         dregions, dwords = reference.differentiable_bwd(dscores, *saved[:3], *ctx.options)
     else:
         of_words = ctx.needs_input_grad[1]
-        dregions, dwords = gradients_of(dscores, *saved, *ctx.options, of_words)
+        dregions, dwords = gradients(dscores, *saved, *ctx.options, of_words)
         dwords = dwords if of_words else None
     return dregions, dwords, None, None, None, None, None
 
 
 scores_of.register_autograd(_backward, setup_context=_save)
+
+# scores_of, without what its registration costs where PyTorch does not trace or transform it
+scores = eager(scores_of, _scores, _save, partial(_backward, gradients=_gradients))
