@@ -6,6 +6,7 @@
 #include "cpu/gemm.h"
 #include "cpu/mmd_problems.h"
 #include "cpu/mmd_rows.h"
+#include "numbers.h"
 
 namespace fastxm {
 namespace {
@@ -141,15 +142,15 @@ void tile(const MmdKernel& kernel, const MmdTile& t, int threads) {
 
 void mmd_tile_cpu(const MmdKernelNumbers& kernel_numbers, const MmdTileNumbers& numbers,
                   int threads) {
-  const auto kernel = mmd_struct<MmdKernel>(kernel_numbers);
-  const auto t = mmd_struct<MmdTile>(numbers);
+  const auto kernel = struct_of<MmdKernel>(kernel_numbers);
+  const auto t = struct_of<MmdTile>(numbers);
   kernel.wide ? tile<double>(kernel, t, threads) : tile<float>(kernel, t, threads);
 }
 
 void mmd_problems_cpu(const MmdKernelNumbers& kernel_numbers, const MmdProblemNumbers& numbers,
                       int threads) {
-  const auto kernel = mmd_struct<MmdKernel>(kernel_numbers);
-  const auto p = mmd_struct<MmdProblems>(numbers);
+  const auto kernel = struct_of<MmdKernel>(kernel_numbers);
+  const auto p = struct_of<MmdProblems>(numbers);
   kernel.wide ? problems<double>(kernel, p, threads) : problems<float>(kernel, p, threads);
 }
 

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <cstring>
 
 namespace fastxm {
 
@@ -45,15 +44,6 @@ struct MmdProblems {
 using MmdKernelNumbers = std::array<std::uint64_t, 5>;
 using MmdTileNumbers = std::array<std::uint64_t, 27>;
 using MmdProblemNumbers = std::array<std::uint64_t, 24>;
-
-// the numbers in the order of the struct's members, all of 8 bytes
-template <class Struct, class Numbers>
-Struct mmd_struct(const Numbers& numbers) {
-  static_assert(sizeof(Struct) == sizeof(Numbers));
-  Struct result;
-  std::memcpy(&result, numbers.data(), sizeof result);
-  return result;
-}
 
 void mmd_tile_cpu(const MmdKernelNumbers& kernel, const MmdTileNumbers& tile, int threads);
 void mmd_problems_cpu(const MmdKernelNumbers& kernel, const MmdProblemNumbers& problems,

@@ -7,6 +7,7 @@
 #include "cpu/region_word_rows.h"
 #include "cpu/region_word_tiles.h"
 #include "cpu/simd.h"
+#include "numbers.h"
 
 namespace fastxm {
 namespace {
@@ -108,7 +109,7 @@ void region_word_bwd_cpu(bool float64, std::uintptr_t s, std::uintptr_t ds, std:
 
 void region_word_tiles_fwd_cpu(const RegionWordNumbers& numbers, double sharp, double pool,
                                std::uintptr_t scores, std::int64_t stride, int threads) {
-  const auto g = region_word_given(numbers);
+  const auto g = struct_of<RegionWordGiven>(numbers);
   auto run = [&](auto element) {
     tiles_fwd<decltype(element)>(g, static_cast<float>(sharp), static_cast<float>(pool),
                                  pointer<float>(scores), stride, threads);
@@ -119,7 +120,7 @@ void region_word_tiles_fwd_cpu(const RegionWordNumbers& numbers, double sharp, d
 void region_word_tiles_bwd_cpu(const RegionWordNumbers& numbers, double sharp, double pool,
                                std::uintptr_t dscores, std::int64_t stride, std::uintptr_t dregions,
                                std::uintptr_t dwords, int threads) {
-  const auto g = region_word_given(numbers);
+  const auto g = struct_of<RegionWordGiven>(numbers);
   auto run = [&](auto element) {
     using E = decltype(element);
     tiles_bwd<E>(g, static_cast<float>(sharp), static_cast<float>(pool),

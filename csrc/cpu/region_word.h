@@ -5,7 +5,6 @@
 
 #include <array>
 #include <cstdint>
-#include <cstring>
 
 namespace fastxm {
 
@@ -47,14 +46,6 @@ struct RegionWordGiven {
 };
 
 using RegionWordNumbers = std::array<std::uint64_t, 16>;
-
-// the numbers in the order of the struct's members
-inline RegionWordGiven region_word_given(const RegionWordNumbers& numbers) {
-  RegionWordGiven given;
-  static_assert(sizeof given == sizeof numbers);
-  std::memcpy(&given, numbers.data(), sizeof given);
-  return given;
-}
 
 // Where gemm_level() has the dtype: products and all else of some words and a picture in one tile.
 // Writes scores [texts, pictures], float, `stride` from text to text.

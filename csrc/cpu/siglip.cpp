@@ -5,6 +5,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/simd.h"
+#include "numbers.h"
 
 namespace fastxm {
 namespace {
@@ -131,7 +132,7 @@ Sums run(const SiglipGiven& g, float scale, float bias, int threads) {
 }  // namespace
 
 Sums siglip_cpu(const SiglipNumbers& numbers, double scale, double bias, int threads) {
-  const SiglipGiven g = siglip_given(numbers);
+  const auto g = struct_of<SiglipGiven>(numbers);
   const auto factor = static_cast<float>(scale), shift = static_cast<float>(bias);
   return g.bf16 ? run<bfloat16>(g, factor, shift, threads) : run<float>(g, factor, shift, threads);
 }

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <cstring>
 
 namespace fastxm {
 
@@ -17,14 +16,6 @@ struct SiglipGiven {
 };
 
 using SiglipNumbers = std::array<std::uint64_t, 12>;
-
-// the numbers in the order of the struct's members
-inline SiglipGiven siglip_given(const SiglipNumbers& numbers) {
-  SiglipGiven given;
-  static_assert(sizeof given == sizeof numbers);
-  std::memcpy(&given, numbers.data(), sizeof given);
-  return given;
-}
 
 // Where gemm_level() has the dtype. Returns the loss, dscale and dbias, sums over all pairs.
 std::array<double, 3> siglip_cpu(const SiglipNumbers& given, double scale, double bias,

@@ -1,5 +1,6 @@
 // MMD by CUDA: what is done to a tile of products. Formula: fastxm/ops/mmd_tiles.py.
 #include "mmd.cuh"
+#include "numbers.h"
 
 namespace fastxm {
 namespace {
@@ -174,8 +175,8 @@ std::array<int64_t, 2> mmd_parts_cuda(bool wide, int64_t N, int64_t M) {
 
 void mmd_tile_cuda(const MmdKernelNumbers& kernel_numbers, const MmdTileNumbers& numbers,
                    std::uintptr_t stream) {
-  const auto kernel = mmd_struct<MmdKernel>(kernel_numbers);
-  const auto t = mmd_struct<MmdTile>(numbers);
+  const auto kernel = struct_of<MmdKernel>(kernel_numbers);
+  const auto t = struct_of<MmdTile>(numbers);
   const auto queue = reinterpret_cast<cudaStream_t>(stream);
   if (kernel.wide)
     tile<double, double>(kernel, t, queue);
@@ -187,8 +188,8 @@ void mmd_tile_cuda(const MmdKernelNumbers& kernel_numbers, const MmdTileNumbers&
 
 void mmd_derivatives_cuda(const MmdKernelNumbers& kernel_numbers, const MmdTileNumbers& numbers,
                           std::uintptr_t stream) {
-  const auto kernel = mmd_struct<MmdKernel>(kernel_numbers);
-  const auto t = mmd_struct<MmdTile>(numbers);
+  const auto kernel = struct_of<MmdKernel>(kernel_numbers);
+  const auto t = struct_of<MmdTile>(numbers);
   const auto queue = reinterpret_cast<cudaStream_t>(stream);
   kernel.wide ? derivatives<double>(kernel, t, queue) : derivatives<float>(kernel, t, queue);
 }

@@ -74,6 +74,17 @@ def test_large_logits(device):
     no_worse(gradient(siglip), gradient(formula), x, y, scale, bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_stays_one(dtype, device):
+    x, y, *scalars = inputs(70, 66, device, dtype)
+    x[3, 5] = torch.nan
+    assert siglip(x, y, *scalars).isnan()
+    dx, dy = gradient(siglip)(x, y, *scalars)
+    assert dx[3].isnan().all()
+    assert dy.isnan().all()
+    assert dx[:3].isfinite().all()
+
+
 def test_memory_is_linear():
     N, D = 2048, 64
     x, y = torch.randn(2, N, D, requires_grad=True)
