@@ -76,6 +76,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("info_nce_sums_cpu", &fastxm::info_nce_sums_cpu, release());
   m.def("info_nce_sums_bwd_cpu", &fastxm::info_nce_sums_bwd_cpu, release());
   m.def("mmd_problems_cpu", &fastxm::mmd_problems_cpu, release());
+  m.def("mmd_samples_cpu", &fastxm::mmd_samples_cpu, release());
   m.def("mmd_tile_cpu", &fastxm::mmd_tile_cpu, release());
   m.def("modulation_cpu", &fastxm::modulation_cpu, release());
   m.def("region_word_attention_cpu", &fastxm::region_word_attention_cpu, release());

@@ -1,7 +1,6 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/simd.h"
 
@@ -58,7 +57,7 @@ void multiply_as(const Panels& panels, const Left& a, std::int64_t rows, std::in
 
 const char* gemm_level() {
   if (has_avx512_bf16()) return "bfloat16";
-  return has_avx512() || !std::strcmp(cpu_level(), "avx2") ? "float32" : "";
+  return has_avx2() ? "float32" : "";
 }
 
 bool gemm_amx() {
@@ -161,14 +160,14 @@ void multiply(const Panels& panels, const void* a, std::int64_t a_stride, std::i
            out_stride, add);
 }
 
-Part part_of(std::int64_t rows, std::int64_t columns, bool bf16, int threads) {
+PartSize part_of(std::int64_t rows, std::int64_t columns, bool bf16, int threads) {
   if (!bf16 || !gemm_amx()) {
     const std::int64_t parts = std::max<std::int64_t>(1, round_up(rows, kMostRows) / kMostRows);
     const std::int64_t height = round_up((rows + parts - 1) / parts, kTileRows);
     return {std::max<std::int64_t>(kTileRows, height), kPanel};
   }
   // of a depth of 512 the columns fill half of a second cache level, and the rows a quarter
-  Part part = {256, 512};
+  PartSize part = {256, 512};
   auto few = [&] {
     return (rows + part.rows - 1) / part.rows * ((columns + part.columns - 1) / part.columns) <
            2 * threads;

@@ -111,15 +111,15 @@ constexpr std::int64_t kWidest = 512;    // columns of a part, by tiles of AMX
 
 // Most rows and columns of a part of a product: as many parts as keep every thread at work, of
 // about one height, and columns in whole panels.
-struct Part {
+struct PartSize {
   std::int64_t rows, columns;
 };
-Part part_of(std::int64_t rows, std::int64_t columns, bool bf16, int threads);
+PartSize part_of(std::int64_t rows, std::int64_t columns, bool bf16, int threads);
 
 // f(first row, rows, first column, columns) for the parts of a product
 template <class F>
 void for_each_part(std::int64_t rows, std::int64_t columns, bool bf16, int threads, F f) {
-  const Part part = part_of(rows, columns, bf16, threads);
+  const PartSize part = part_of(rows, columns, bf16, threads);
 #pragma omp parallel for collapse(2) num_threads(threads)
   for (std::int64_t i = 0; i < rows; i += part.rows)
     for (std::int64_t j = 0; j < columns; j += part.columns)

@@ -1,25 +1,14 @@
 // Register tiles of AVX2: float32, of 6 rows and 16 columns at a time.
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/avx2.h"
 #include "cpu/gemm.h"
-#include "cpu/simd.h"
 
 namespace fastxm {
 namespace {
-
-#define FASTXM_AVX2 __attribute__((target("arch=x86-64-v3")))
-
-// the first n of eight lanes
-FASTXM_AVX2 FASTXM_INLINE __m256i first_lanes(std::int64_t n) {
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const auto count = static_cast<int>(std::clamp<std::int64_t>(n, 0, 8));
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes);
-}
 
 struct Avx2 {
   static constexpr std::int64_t step = 1;    // elements of a step

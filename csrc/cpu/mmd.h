@@ -31,6 +31,15 @@ struct MmdTile {
       x_rows, y_rows, dx, dy;
 };
 
+// One problem, of rows x [N, features] and y [M, features] as given, of `halves` (bfloat16) or
+// float, multiplied as `bf16` or as float, by tile kernels (see gemm.h). coefficients [3] (double)
+// of the sums within x, within y and of both. Written: the sums [3] (double) and the total, da [N]
+// and db [M]. Added to, or 0 if not wanted: dx and dy, derivatives [size] (double).
+struct MmdSamples {
+  std::int64_t N, M, features, halves, bf16, drop_self, drop_paired;
+  std::uintptr_t x, y, x_weights, y_weights, coefficients, total, dx, dy, da, db, sums, derivatives;
+};
+
 // Many small problems, each of the rows between two entries of x_starts and y_starts (int64
 // [problems + 1]). Per row: norms, weights, scales of its pairs with rows of x and y, potentials
 // (double) with them, slopes, and (0 for none) gradients [N, D]. derivatives [problems, size].
@@ -43,9 +52,11 @@ struct MmdProblems {
 
 using MmdKernelNumbers = std::array<std::uint64_t, 5>;
 using MmdTileNumbers = std::array<std::uint64_t, 27>;
+using MmdSampleNumbers = std::array<std::uint64_t, 19>;
 using MmdProblemNumbers = std::array<std::uint64_t, 24>;
 
 void mmd_tile_cpu(const MmdKernelNumbers& kernel, const MmdTileNumbers& tile, int threads);
+void mmd_samples_cpu(const MmdKernelNumbers& kernel, const MmdSampleNumbers& samples, int threads);
 void mmd_problems_cpu(const MmdKernelNumbers& kernel, const MmdProblemNumbers& problems,
                       int threads);
 

@@ -9,6 +9,7 @@
 #endif
 
 #include "cpu/mmd.h"
+#include "cpu/mmd_avx2.h"
 #include "cpu/mmd_avx512.h"
 #include "cpu/mmd_parts.h"
 #include "cpu/simd.h"
@@ -152,8 +153,10 @@ FASTXM_INLINE void write_row(const Rows<T>& r, int64_t i, const T* w, const T* r
 template <bool kDerivatives, class T>
 FASTXM_INLINE void add_parts(const Rows<T>& r, T scale, int64_t n, Strip<T>& a) {
 #ifdef FASTXM_VECTORS
-  if constexpr (!kDerivatives && sizeof(T) == 4)
+  if constexpr (!kDerivatives && sizeof(T) == 4) {
     if (r.rbf && has_avx512()) return rbf_avx512(r.parts, n, a.s, a.k, a.w);
+    if (r.rbf && has_avx2()) return rbf_avx2(r.parts, n, a.s, a.k, a.w);
+  }
 #endif
   const Part<T>*part = r.parts.data(), *end = part + r.parts.size();
   while (part < end) {

@@ -76,7 +76,7 @@ Sums run(const SiglipGiven& g, float scale, float bias, int threads) {
   const std::int64_t M = g.columns, D = g.depth, width = round_up(M, kStep<E>);
   const std::int64_t block = std::min(g.block, round_up(g.rows, kStep<E>));
   const bool derive = g.dx;
-  const Part part = part_of(std::min(block, g.rows), M, sizeof(E) == 2, threads);
+  const PartSize part = part_of(std::min(block, g.rows), M, sizeof(E) == 2, threads);
   const std::int64_t across = (M + part.columns - 1) / part.columns;
   const std::int64_t parts = across * ((block + part.rows - 1) / part.rows);
   const Panels y_columns = {sizeof(E) == 2, D, g.y_columns}, y = {sizeof(E) == 2, width, g.y_depth};

@@ -47,6 +47,11 @@ inline bool has_avx512() {
   return has;
 }
 
+inline bool has_avx2() {
+  static const bool has = has_avx512() || !std::strcmp(cpu_level(), "avx2");
+  return has;
+}
+
 // a pointer that arrived from Python as an integer
 template <class T>
 T* pointer(std::uintptr_t address) {

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch, gemm, mmd_cuda, mmd_triton
+from fastxm.ops.mmd_native import at_once
 from fastxm.ops.mmd_problems import many, ranges
 from fastxm.ops.mmd_reference import Options, unpack
 from fastxm.ops.mmd_rows import Function, Rows, finish, samples
@@ -78,17 +79,19 @@ def one(inputs: Inputs, name: str, options: Options, wanted: Sequence[bool]) -> 
     x, y, a, b, c, parameters = inputs
     numbers, drop_self, drop_paired, precision = options
     terms, make, tile = unpack(numbers), MAKERS[name], TILE[name]
+    if name == "cpu" and a.dtype in gemm.PACKED:
+        function = Function(terms, parameters, precision=precision)
+        return at_once(function, x, y, a, b, c, options[1:3], wanted)
     radial = terms[0].radial
-    half = precision == "bfloat16" and (name != "cpu" or torch.bfloat16 in gemm.PACKED)
+    half = precision == "bfloat16" and name != "cpu"
     derivatives = c.new_zeros(len(parameters))
     # of a CPU they are read at once, of a GPU without waiting
     of_xx, of_yy, of_xy = c[0].unbind() if c.is_cuda else c[0].tolist()
     function = Function(terms, parameters, derivatives if wanted[2] else None, precision)
     with _tf32(x.device, precision == "tf32"):
         of_x, of_y = samples(x, y, a, b, radial, half, None)
-        packed = name == "cpu"
-        xs = Rows.make(of_x[0], of_x[2], a, wanted[0], packed)
-        ys = Rows.make(of_y[0], of_y[2], b, wanted[1], packed)
+        xs = Rows.make(of_x[0], of_x[2], a, wanted[0], packed=False)
+        ys = Rows.make(of_y[0], of_y[2], b, wanted[1], packed=False)
         p, _ = visit(function, xs, xs, 2 * of_xx, drop_self, make, tile)
         r, _ = visit(function, ys, ys, 2 * of_yy, drop_self, make, tile)
         q, t = visit(function, xs, ys, of_xy, drop_paired, make, tile)

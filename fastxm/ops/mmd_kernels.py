@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops.mmd_pairs import KINDS, Term, distances, value
-from fastxm.ops.mmd_parameters import Values, halving, mixed, positive, vector
+from fastxm.ops.mmd_parameters import Values, each, halving, mixed, positive, vector
 
 
 class Kernel:
@@ -77,7 +77,7 @@ class RBF(Kernel):
         positive("bandwidths", self.bandwidths)
 
     def parameters(self, x: Tensor) -> Tensor:
-        return mixed(0.5 / vector(self.bandwidths, x).square(), self.weights)
+        return mixed(each(self.bandwidths, x, lambda b: 0.5 / b / b), self.weights, x)
 
     def term(self, parts: int) -> Term:
         return super().term(parts)._replace(degree=4 if halving(self.bandwidths) else 1)
@@ -90,7 +90,7 @@ class Laplace(RBF):
     kind: ClassVar[str] = "laplace"
 
     def parameters(self, x: Tensor) -> Tensor:
-        return mixed(1 / vector(self.bandwidths, x), self.weights)
+        return mixed(each(self.bandwidths, x, lambda b: 1 / b), self.weights, x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class RationalQuadratic(Kernel):
         positive("alphas", self.alphas)
 
     def parameters(self, x: Tensor) -> Tensor:
-        return mixed(vector(self.alphas, x), self.weights)
+        return mixed(self.alphas, self.weights, x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ class Energy(Kernel):
     kind: ClassVar[str] = "energy"
 
     def parameters(self, x: Tensor) -> Tensor:
-        return mixed(x.new_ones(1), self.weight)
+        return mixed(1.0, self.weight, x)
 
 
 @dataclass(frozen=True, eq=False)

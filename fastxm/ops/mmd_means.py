@@ -1,5 +1,7 @@
 """MMD^2 of a kernel that may be a sum, as weighted means over pairs, of one process or of ranks."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +23,7 @@ def sums_of(
     ranks: mmd_ranks.Ranks | None = None,
 ) -> Tensor:
     """[G], the three sums of each problem with the coefficients c [G, 3]."""
-    total = p.a.new_zeros(len(c))
+    sums = []
     starts, like = (p.x_starts, p.y_starts), p.a.new_empty(0, p.x.shape[1])
     for terms in families(kernel):
         if terms[0].kind == "linear":
@@ -30,16 +32,16 @@ def sums_of(
                 linear = linear_sums(p.x, p.y, p.a, p.b, c, *starts, *drop)
             else:
                 linear = mmd_ranks.linear_sums(p.x, p.y, p.a, p.b, c, *drop, ranks)
-            total = total + weight * linear
+            sums.append(weight * linear)
             continue
         given, parameters = stated(terms, like)
         options = Options(given, *drop, precision)
         rows = (p.x, p.y, p.a, p.b, c, parameters)
         if ranks is None:
-            total = total + kernel_sums(*rows, *starts, options)
+            sums.append(kernel_sums(*rows, *starts, options))
         else:
-            total = total + mmd_ranks.kernel_sums(*rows, options, ranks)
-    return total
+            sums.append(mmd_ranks.kernel_sums(*rows, options, ranks))
+    return functools.reduce(torch.add, sums)
 
 
 def coefficients(
@@ -65,7 +67,7 @@ def coefficients(
         yy = yy - total(b.square(), y_starts)
     if drop_paired:
         xy = xy - total(a * b, x_starts)
-    return torch.stack([1 / xx, 1 / yy, -2 / xy], 1)
+    return torch.stack([xx, yy, xy / -2], 1).reciprocal()
 
 
 @torch.compiler.disable

@@ -1,13 +1,41 @@
-"""What the native code of tiles takes, and all tiles by C++ where it has products of its own."""
+"""What the native code of tiles takes, and where it has products of its own all tiles by C++."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops import dispatch
+from fastxm.ops import dispatch, gemm
 from fastxm.ops.mmd_rows import Function, Rows
 
 DIAGONALS = ("plain", "same", "dropped")
+
+
+def at_once(
+    f: Function,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    drop: Sequence[bool],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One problem by one native call; arguments and results as of mmd_sums._fwd, a is float32."""
+    half = f.precision == "bfloat16" and torch.bfloat16 in gemm.PACKED
+    given = half and x.dtype == y.dtype == torch.bfloat16
+    x, y = (z if given else z.float() for z in (x, y))
+    x, y, c = x.contiguous(), y.contiguous(), c.contiguous()
+    dx, dy = (torch.zeros_like(z, dtype=a.dtype) if w else None for z, w in zip((x, y), wanted))
+    of_a, of_b, sums, total = (torch.empty_like(t) for t in (a, b, c, a[:1]))
+    derivatives = c.new_zeros(1, len(f.parameters))
+    tensors = (x, y, a, b, c, total, dx, dy, of_a, of_b, sums, derivatives if wanted[2] else None)
+    numbers = [len(x), len(y), x.shape[1], given, half, *drop]
+    numbers += [0 if t is None else t.data_ptr() for t in tensors]
+    _C.mmd_samples_cpu(f.numbers(f.parameters), numbers, dispatch.threads())
+    dx, dy = (a.new_empty(0) if dz is None else dz for dz in (dx, dy))
+    return total, dx, dy, of_a, of_b, sums, derivatives
 
 
 def whole(f: Function, x: Rows, y: Rows, own: str) -> None:

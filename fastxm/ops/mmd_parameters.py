@@ -1,7 +1,8 @@
 """The numbers of a kernel: what a user may give, and the tensors of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,19 @@ def vector(values: Values, like: Tensor) -> Tensor:
     """A number, a sequence or a tensor as [K], of the dtype and device of `like`."""
     if isinstance(values, Tensor):
         return values.to(like).reshape(-1)
-    # filled, not copied from the host, so that CUDA graphs capture it
     items = values if isinstance(values, Sequence) else [values]
+    if like.device.type == "cpu" and not any(isinstance(v, Tensor) for v in items):
+        return torch.tensor(items, dtype=like.dtype)
+    # filled, not copied from the host, so that CUDA graphs capture it
     return torch.stack([v.to(like).reshape(()) if isinstance(v, Tensor) else like.new_full((), v)
                         for v in items])  # fmt: skip
+
+
+def each(values: Values, like: Tensor, f: Callable[[Any], Any]) -> Values:
+    """f of a number or a tensor, which is made one like `like`, or of each of a sequence."""
+    if isinstance(values, Sequence):
+        return [each(v, like, f) for v in values]  # type: ignore[misc]
+    return f(values.to(like) if isinstance(values, Tensor) else values)
 
 
 def positive(name: str, values: Values) -> None:
@@ -42,9 +52,9 @@ def halving(values: Values) -> bool:
     return all(2 * a == b for a, b in pairwise(ordered))
 
 
-def mixed(shapes: Tensor, weights: Values) -> Tensor:
-    """[2, K] of shapes [K] and K weights, or one weight for all."""
-    w = vector(weights, shapes)
-    if w.numel() not in (1, shapes.numel()):
-        raise ValueError(f"{shapes.numel()} parts need as many weights or one, not {w.numel()}")
-    return torch.stack([shapes, w.expand_as(shapes)])
+def mixed(shapes: Values, weights: Values, like: Tensor) -> Tensor:
+    """[2, K] of K shapes and K weights, or one weight for all."""
+    s, w = vector(shapes, like), vector(weights, like)
+    if w.numel() not in (1, s.numel()):
+        raise ValueError(f"{s.numel()} parts need as many weights or one, not {w.numel()}")
+    return torch.stack([s, w.expand_as(s)])
