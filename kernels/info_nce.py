@@ -17,7 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .gemm import row_products
-from .info_nce_tiles import CANDIDATES, CONFIGS, PART, TALLEST, compiles, size_class, tuned
+from .info_nce_tiles import (
+    CANDIDATES,
+    CONFIGS,
+    PART,
+    TALLEST,
+    architecture,
+    compiles,
+    one_reference,
+    size_class,
+    tuned,
+)
 
 NOTHING = tl.constexpr(-1e30)  # the logit of a pair that is left out: below every other
 BITS = tl.constexpr(math.log2(math.e))
@@ -102,9 +112,10 @@ def _of_rows(values):
 @triton.jit(do_not_specialize=["N", "offset", "parts", "tuned_for"])
 def _stats_kernel(x, y, a, b, row_labels, labels, row, column, positive, N, M, D, offset, part,
                   parts, tuned_for, LABELS: tl.constexpr, COLUMNS: tl.constexpr,
-                  SCALED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                  HALVINGS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+                  SCALED: tl.constexpr, SUMS: tl.constexpr, SHARED: tl.constexpr,
+                  PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_D: tl.constexpr, HALVINGS: tl.constexpr,
+                  GROUPS: tl.constexpr):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_M >> HALVINGS
     PIECES: tl.constexpr = 2**HALVINGS
     strips = tl.cdiv(N, BLOCK_N)
@@ -124,7 +135,7 @@ def _stats_kernel(x, y, a, b, row_labels, labels, row, column, positive, N, M, D
         products = row_products(x, y, i0, start, N, M, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D)
         factor = _factor(a, i, N, SCALED)
         apart = True
-        if (SUMS == 2) & (not LABELS):
+        if SHARED & (SUMS == 2) & (not LABELS):
             whole = (i0 + BLOCK_N <= N) & (start + BLOCK_M <= end)
             if whole & (not _crosses(i0, start, offset, BLOCK_N, BLOCK_M)):
                 if shared == NOTHING:
@@ -223,7 +234,7 @@ def stats(x: Tensor, y: Tensor, a: Tensor, b: Tensor | None, row_labels: Tensor 
     _stats[grid](
         x, y, a, a if b is None else b, row_labels, labels, row, column, positive, N, M, D, offset,
         part, parts, size_class(N, M, D), labels is not None, columns, b is not None, count,
-        precision,
+        one_reference(architecture(x)), precision,
     )  # fmt: skip
     strips, groups = triton.cdiv(N, launched["BLOCK_N"]), launched["GROUPS"]
     return (row, parts, 1), (column, strips, groups) if columns else None, positive

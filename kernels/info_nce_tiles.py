@@ -2,6 +2,7 @@
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 
 from .gemm import compiled
@@ -40,11 +41,23 @@ def _fits(config: triton.Config, itemsize: int, arch: int, labels: bool) -> bool
     return tile["BLOCK_D"] * itemsize == 128 and held <= room
 
 
+def architecture(x: Tensor) -> int:
+    if not x.is_cuda:  # interpreted
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def one_reference(arch: int) -> bool:
+    """Whether a tile may have one reference for all its rows and columns. To look for it takes a
+    maximum of all of a tile, which Triton 3.6 and 3.7 cannot compile for sm_100."""
+    return arch < 100 or triton.__version__.split(".")[:2] not in (["3", "6"], ["3", "7"])
+
+
 def _fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
     x = arguments["x"]
-    major, minor = torch.cuda.get_device_capability(x.device)
     labels = arguments["labels"] is not None
-    fitting = [c for c in configs if _fits(c, x.element_size(), 10 * major + minor, labels)]
+    fitting = [c for c in configs if _fits(c, x.element_size(), architecture(x), labels)]
     # a small problem takes less time than trying: the smallest tile, of which there are the most
     return fitting[-1:] if arguments["N"] * arguments["M"] < SMALL else fitting
 
@@ -74,13 +87,15 @@ def compiles(kernel: triton.JITFunction, candidates: list[triton.Config]) -> lis
         for tile in candidates:
             rare = {candidates[0]: (False, False), candidates[3]: (True, True)}.get(tile)
             for labels, columns in ((False, True), *([rare] if rare else [])):
-                archs = [a for a in (80, 90, 100) if _fits(tile, itemsize, a, labels)]
-                options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages,
-                           "archs": archs}  # fmt: skip
+                fitting = [a for a in (80, 90, 100) if _fits(tile, itemsize, a, labels)]
                 constants = {"LABELS": labels, "COLUMNS": columns, "SCALED": labels,
                              "SMOOTHED": labels, "SUMS": 4 if labels else 2,
                              "PRECISION": precision, "GROUP": 8, **tile.kwargs}  # fmt: skip
-                built.append(compiled(kernel, types, constants, options))
+                for shared in sorted({one_reference(a) for a in fitting}):
+                    archs = [a for a in fitting if one_reference(a) == shared]
+                    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages,
+                               "archs": archs}  # fmt: skip
+                    built.append(compiled(kernel, types, constants | {"SHARED": shared}, options))
     return built
 
 

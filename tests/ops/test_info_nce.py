@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -293,6 +294,22 @@ def test_triton(shape, options, triton_device):
 @pytest.mark.parametrize(("N", "M", "D", "offset"), RECTANGLES)
 def test_triton_rectangles(N, M, D, offset, classes, triton_device):
     test_rectangles(N, M, D, offset, classes, triton_device)
+
+
+def test_triton_with_maxima_alone(triton_device, monkeypatch):
+    kernels = importlib.import_module("fastxm.kernels.info_nce")
+    monkeypatch.setattr(kernels, "one_reference", lambda arch: False)
+    for shape in SHAPES[-2:]:
+        test_triton(shape, {}, triton_device)
+
+
+@pytest.mark.parametrize(("version", "works"), [("3.5.1", True), ("3.6.0", False),
+                                                ("3.7.1", False), ("3.8.0", True)])  # fmt: skip
+def test_one_reference_where_triton_compiles_it(version, works, monkeypatch):
+    tiles = importlib.import_module("fastxm.kernels.info_nce_tiles")
+    monkeypatch.setattr(tiles.triton, "__version__", version)
+    assert tiles.one_reference(90)
+    assert tiles.one_reference(100) == works
 
 
 def test_triton_extremes(triton_device):
