@@ -117,29 +117,32 @@ class RowProducts {
 };
 
 // Products with x [N, D]: gradients of y. While they are added up they are transposed, [D, width]
-// of each strip of columns, and of float32 in the place of the gradients themselves.
+// of each strip of columns; of many strips of float32 in the place of the gradients themselves.
 template <class E, class Out>
 class ColumnProducts {
  public:
-  ColumnProducts(Out* dy, std::int64_t M, std::int64_t D)
-      : dy_(dy), M_(M), D_(D), room_(sizeof(Out) == 4 ? 0 : M * D), sums_(room_.data()) {
-    if constexpr (sizeof(Out) == 4) sums_ = dy;
+  ColumnProducts(Out* dy, std::int64_t M, std::int64_t D, int threads)
+      : dy_(dy), M_(M), D_(D), inside_(sizeof(Out) == 4 && M > 2 * threads * kStrip) {
+    if (!inside_) room_ = Lines<float>(M * D);
+    sums_ = room_.data();
+    if constexpr (sizeof(Out) == 4) sums_ = inside_ ? dy : sums_;
   }
 
   // x's transpose times gradients, or that is added to what there is
   void add(const LogitGradients<E>& ds, const E* x, bool add, int threads) {
-    const std::int64_t rows = ds.b.rows;
-    Lines<E> turned((rows + kDeep - 1) / kDeep * D_ * kTurned);
+    const std::int64_t rows = ds.b.rows, deep = deep_of(rows);
+    Lines<E> turned((rows + deep - 1) / deep * D_ * kTurned);
     // of few strips several threads take the same one, and of its sums some features each
     const std::int64_t strips = std::max<std::int64_t>(1, (M_ + kStrip - 1) / kStrip);
-    const std::int64_t pieces = std::max<std::int64_t>(1, 2 * threads / strips);
+    const std::int64_t pieces = (threads + strips - 1) / strips;
     const std::int64_t piece = std::max(kPanel, round_up((D_ + pieces - 1) / pieces, kPanel));
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for
-      for (std::int64_t i = 0; i < rows; i += kDeep)
-        turn(x + i * D_, std::min(kDeep, rows - i), D_, D_,
-             turned.data() + i / kDeep * D_ * kTurned, kTurned);
+#pragma omp for collapse(2)
+      for (std::int64_t i = 0; i < rows; i += deep)
+        for (std::int64_t d = 0; d < D_; d += kPanel)
+          turn(x + i * D_ + d, std::min(deep, rows - i), std::min(kPanel, D_ - d), D_,
+               turned.data() + (i / deep * D_ + d) * kTurned, kTurned);
 #pragma omp for collapse(2) schedule(dynamic)
       for (std::int64_t j = 0; j < M_; j += kStrip)
         for (std::int64_t d = 0; d < D_; d += piece)
@@ -148,34 +151,44 @@ class ColumnProducts {
   }
 
   void finish(int threads) const {
+    const std::int64_t part = inside_ ? kStrip : kPanel;  // columns that are turned back at a time
 #pragma omp parallel num_threads(threads)
     {
-      Lines<float> room(kStrip * D_);
+      Lines<float> room(part * D_);
 #pragma omp for
-      for (std::int64_t j = 0; j < M_; j += kStrip) {
-        const std::int64_t width = std::min(kStrip, M_ - j);
+      for (std::int64_t j = 0; j < M_; j += part) {
+        const std::int64_t strip = j / kStrip * kStrip, width = std::min(kStrip, M_ - strip);
+        const std::int64_t count = std::min(part, M_ - j);
+        const float* sums = sums_ + strip * D_ + (j - strip);
+        if (inside_) {
+          std::copy_n(sums, width * D_, room.data());
+          sums = room.data();
+        }
         if constexpr (sizeof(Out) == 4) {
-          std::copy_n(sums_ + j * D_, width * D_, room.data());
-          transpose(room.data(), width, D_, width, dy_ + j * D_, D_);
+          transpose(sums, width, D_, count, dy_ + j * D_, D_);
         } else {
-          transpose(sums_ + j * D_, width, D_, width, room.data(), D_);
-          round_rows(room.data(), D_, width, D_, dy_ + j * D_, D_);
+          transpose(sums, width, D_, count, room.data(), D_);
+          round_rows(room.data(), D_, count, D_, dy_ + j * D_, D_);
         }
       }
     }
   }
 
  private:
-  static constexpr std::int64_t kDeep = kRowsAtOnce<E>, kTurned = kDeep + 32;
+  static constexpr std::int64_t kMost = (kStrip + kTile<E> - 1) / kTile<E> * kTile<E>;
+  static constexpr std::int64_t kTurned = kRowsAtOnce<E> + 32;
+
+  // rows at a time; a few more where that are all, lest few take a pass of their own
+  static std::int64_t deep_of(std::int64_t rows) { return rows <= kMost ? kMost : kRowsAtOnce<E>; }
 
   // to the sums of `count` features, from d on, of the strip of columns from j on
   void add_strip(const LogitGradients<E>& ds, const E* turned, std::int64_t j, std::int64_t d,
                  std::int64_t count, bool add) const {
     alignas(64) float scratch[kTile<E> * kStrip], values[kTile<E> * kStrip];
-    Lines<E> chunk(panels_size(kStrip, kDeep));
-    const std::int64_t width = std::min(kStrip, M_ - j);
-    for (std::int64_t i = 0; i < ds.b.rows; i += kDeep, turned += D_ * kTurned) {
-      const std::int64_t rows = std::min(kDeep, ds.b.rows - i), depth = round_up(rows, kStep<E>);
+    Lines<E> chunk(panels_size(kStrip, kMost));
+    const std::int64_t width = std::min(kStrip, M_ - j), deep = deep_of(ds.b.rows);
+    for (std::int64_t i = 0; i < ds.b.rows; i += deep, turned += D_ * kTurned) {
+      const std::int64_t rows = std::min(deep, ds.b.rows - i), depth = round_up(rows, kStep<E>);
       for (std::int64_t k = 0; k < rows; k += kTile<E>) {
         const Tile<float> t = ds(i + k, j, scratch, values);
         tile_steps(values, t.rows, t.width, chunk.data() + k * kPanel, depth * kPanel);
@@ -187,6 +200,7 @@ class ColumnProducts {
 
   Out* dy_;
   std::int64_t M_, D_;
+  bool inside_;
   Lines<float> room_;
   float* sums_;
 };
