@@ -23,6 +23,7 @@ CANDIDATES = [
     _config(128, 128, 32, 3, 8, 3),
     _config(64, 64, 32, 0, 4, 3),
 ]
+
 CONFIGS = [_config(32, 32, 32, 1, 4, 1)] if knobs.runtime.interpret else CANDIDATES
 SMALL = 1 << 20  # pairs
 TALLEST = max(config.kwargs["BLOCK_N"] for config in CONFIGS)
@@ -56,7 +57,7 @@ def one_reference(arch: int) -> bool:
 
 def _fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
     x = arguments["x"]
-    labels = arguments["labels"] is not None
+    labels = arguments.get("labels") is not None
     fitting = [c for c in configs if _fits(c, x.element_size(), architecture(x), labels)]
     # a small problem takes less time than trying: the smallest tile, of which there are the most
     return fitting[-1:] if arguments["N"] * arguments["M"] < SMALL else fitting
@@ -65,8 +66,9 @@ def _fitting(configs: list[triton.Config], arguments: dict, **_) -> list[triton.
 def tuned(kernel: triton.JITFunction, configs: list[triton.Config],
           *keys: str) -> triton.runtime.Autotuner:  # fmt: skip
     # what the tiles are chosen by, beside dtypes; choices are kept on disk
+    offered = ("tuned_for", "LABELS", "COLUMNS", "PRECISION", *keys)
     return triton.autotune(
-        configs, ["tuned_for", "LABELS", "COLUMNS", "PRECISION", *keys],
+        configs, [key for key in offered if key in kernel.arg_names],
         prune_configs_by={"early_config_prune": _fitting}, cache_results=True,
     )(kernel)  # fmt: skip
 
@@ -79,17 +81,18 @@ def size_class(N: int, M: int, D: int) -> int:
 def compiles(kernel: triton.JITFunction, candidates: list[triton.Config]) -> list:
     built = []
     types = {"smoothing": "fp32", "row_labels": "*i32:16", "labels": "*i32:16"}
-    types |= dict.fromkeys(("a", "b", "row", "column", "positive", "bounds"), "*fp32:16")
+    floats = ("a", "b", "row", "column", "positive", "bounds", "scale", "bias", "sums")
+    types |= dict.fromkeys(floats, "*fp32:16")
     types |= dict.fromkeys(("M", "D", "part", "g_stride"), "i32:16")
     variants = (("*bf16:16", 2, "tf32x3"), ("*fp32:16", 4, "tf32x3"), ("*fp32:16", 4, "tf32"))
     for element, itemsize, precision in variants:
         types |= dict.fromkeys(("x", "y", "g"), element)
         for tile in candidates:
-            rare = {candidates[0]: (False, False), candidates[3]: (True, True)}.get(tile)
+            rare = dict(zip(candidates[::3], ((False, False), (True, True)))).get(tile)
             for labels, columns in ((False, True), *([rare] if rare else [])):
                 fitting = [a for a in (80, 90, 100) if _fits(tile, itemsize, a, labels)]
                 constants = {"LABELS": labels, "COLUMNS": columns, "SCALED": labels,
-                             "SMOOTHED": labels, "SUMS": 4 if labels else 2,
+                             "SMOOTHED": labels, "SUMS": 4 if labels else 2, "GRADIENTS": columns,
                              "PRECISION": precision, "GROUP": 8, **tile.kwargs}  # fmt: skip
                 for shared in sorted({one_reference(a) for a in fitting}):
                     archs = [a for a in fitting if one_reference(a) == shared]

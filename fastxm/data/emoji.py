@@ -107,7 +107,10 @@ def normal(code: str) -> str:
 
 def drawings_of(style: str) -> dict[str, str]:
     module, folder = STYLES[style]
-    svgs = Path(str(resources.files(module))) / folder
+    spec = importlib.util.find_spec(module)  # one of them cannot be imported by Python 3.10
+    assert spec is not None
+    assert spec.submodule_search_locations  # `installed_versions` told
+    svgs = Path(spec.submodule_search_locations[0]) / folder
     return {normal(path.stem): str(path) for path in sorted(svgs.glob("*.svg"))}
 
 

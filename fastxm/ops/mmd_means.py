@@ -56,7 +56,7 @@ def coefficients(
     """[G, 3], one over the sum of the weights of the pairs in each of the three means; the last
     times -2."""
 
-    def total(rows: Tensor, starts: Tensor | None) -> Tensor:
+    def total(rows, starts):  # the Dynamo of PyTorch 2.9 cannot trace `Tensor | None` in here
         found = per_problem(rows, starts)
         return found if ranks is None else ranks.total(found)
 

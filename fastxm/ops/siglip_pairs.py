@@ -7,10 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops import gemm
+from fastxm.ops import dispatch, gemm, siglip_triton
 from fastxm.ops.dispatch import threads, wide
 
 BLOCK = 16 << 20  # bytes of a block of logits, or of their gradients
+
+
+def backend(x: Tensor, scale: Tensor) -> str:
+    """C++ on a CPU, Triton on a GPU; of float64 there the blocks of plain PyTorch. scale: wide."""
+    offered = ["reference", "cpu", *(["triton"] if scale.dtype == torch.float32 else [])]
+    auto = "cpu" if x.device.type == "cpu" else "reference"
+    if x.is_cuda and "triton" in offered and not dispatch.missing("triton"):
+        auto = "triton"
+    return dispatch.choose("siglip", x.device, auto, offered)
 
 
 def pair_sums(
@@ -20,7 +29,10 @@ def pair_sums(
 
     paired: whether the rows are each other's partners; else all pairs are negatives.
     """
-    if x.device.type == "cpu" and x.numel() and y.numel():
+    name = backend(x, scale)
+    if name == "triton":
+        return siglip_triton.pair_sums(x, y, scale, bias, paired, gradients)
+    if name == "cpu" and x.numel() and y.numel():
         given = gemm.operands(x, y)
         if given[0].dtype in gemm.PACKED:
             return _tiles(given[0], given[1], x.shape[1], scale, bias, paired, gradients)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from check import gradient, no_worse, peak_bytes
 from torch.overrides import TorchFunctionMode
 
-from fastxm.ops import info_nce, siglip_pairs
+from fastxm.ops import backend, info_nce, siglip_pairs, siglip_triton
 from fastxm.ops.info_nce_views import info_nce_views
 from fastxm.ops.siglip import loss_of, siglip
 
@@ -83,6 +83,45 @@ def test_a_nan_stays_one(dtype, device):
     assert dx[3].isnan().all()
     assert dy.isnan().all()
     assert dx[:3].isfinite().all()
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Where Triton runs, with several strips of rows."""
+    monkeypatch.setattr(siglip_triton, "STRIP", 1)
+    with backend("triton"):
+        yield "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (150, 33)], ids=str)
+def test_triton(shape, dtype, triton_device):
+    if dtype == torch.bfloat16 and triton_device == "cpu":
+        pytest.skip("Triton's interpreter multiplies it wrongly")
+    test_forward_and_backward(shape, dtype, triton_device)
+
+
+def test_triton_extremes(triton_device):
+    test_gradients_of_the_mean_fit_into_float16(triton_device)
+    test_gradients_of_scalars(triton_device)
+    test_large_logits(triton_device)
+    test_a_nan_stays_one(torch.float32, triton_device)
+
+
+def test_triton_without_partners(triton_device):
+    x, y, *scalars = inputs(40, 9, triton_device)
+    found, gradients = siglip_pairs.pair_sums(x, y[:23], *scalars, False, True)
+    leaves = [t.requires_grad_() for t in (x, y, *scalars)]
+    logits = leaves[2] * leaves[0] @ leaves[1][:23].T + leaves[3]
+    truth = F.softplus(logits).sum()
+    torch.testing.assert_close(found, truth.detach())
+    dx, dy, *others = torch.autograd.grad(truth, leaves)
+    torch.testing.assert_close(gradients, (dx, dy[:23], *others))
+
+
+def test_triton_takes_no_float64(triton_device):
+    with pytest.raises(NotImplementedError, match="siglip has no triton backend"):
+        siglip(*torch.randn(2, 3, 4, device=triton_device).double(), 1.0)
 
 
 def test_memory_is_linear():
