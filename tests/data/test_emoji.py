@@ -29,6 +29,16 @@ def test_every_concept_in_both_styles(source, by_id):
     assert all(Path(picture.path).is_file() for picture in source.pictures)
 
 
+def test_packages_of_drawings_are_not_imported(tmp_path, monkeypatch):
+    # one of them asks for a newer Python than its drawings do
+    (tmp_path / "drawings" / "svg").mkdir(parents=True)
+    (tmp_path / "drawings" / "__init__.py").write_text("raise ImportError")
+    (tmp_path / "drawings" / "svg" / "1f34e.svg").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(emoji.STYLES, "ours", ("drawings", "svg"))
+    assert list(emoji.drawings_of("ours")) == ["1F34E"]
+
+
 def test_captions_name_style_and_subject(by_id):
     assert by_id["twemoji/1F34E"].captions == [
         "red apple in twemoji style",
