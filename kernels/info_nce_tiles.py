@@ -23,7 +23,6 @@ CANDIDATES = [
     _config(128, 128, 32, 3, 8, 3),
     _config(64, 64, 32, 0, 4, 3),
 ]
-
 CONFIGS = [_config(32, 32, 32, 1, 4, 1)] if knobs.runtime.interpret else CANDIDATES
 SMALL = 1 << 20  # pairs
 TALLEST = max(config.kwargs["BLOCK_N"] for config in CONFIGS)

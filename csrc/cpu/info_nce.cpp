@@ -127,7 +127,7 @@ void gradients(InfoNceProblem p, const float* row_terms, const float* column_ter
   const std::int64_t n = kept ? N : std::min(N, rows_of<E>(workspace, strips * kStrip * 4));
   Lines<Kept<E>> room(kept ? 0 : (n + kTile<E> - 1) / kTile<E> * strips);
   const RowProducts<E> of_y(pointer<const E>(p.y), M, D, threads);
-  ColumnProducts<E, Out> of_x(dy, M, D, threads);
+  ColumnProducts<E, Out> of_x(dy, M, D);
   for (std::int64_t i = 0; i < N; i += n) {
     const std::int64_t here = std::min(n, N - i);
     const Terms<float> terms = {row_terms + i, column_terms, N, M, static_cast<float>(smoothing)};

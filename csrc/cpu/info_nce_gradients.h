@@ -117,12 +117,12 @@ class RowProducts {
 };
 
 // Products with x [N, D]: gradients of y. While they are added up they are transposed, [D, width]
-// of each strip of columns; of many strips of float32 in the place of the gradients themselves.
+// of each strip of columns; of many columns of float32 in the place of the gradients themselves.
 template <class E, class Out>
 class ColumnProducts {
  public:
-  ColumnProducts(Out* dy, std::int64_t M, std::int64_t D, int threads)
-      : dy_(dy), M_(M), D_(D), inside_(sizeof(Out) == 4 && M > 2 * threads * kStrip) {
+  ColumnProducts(Out* dy, std::int64_t M, std::int64_t D)
+      : dy_(dy), M_(M), D_(D), inside_(sizeof(Out) == 4 && M * D > kFew) {
     if (!inside_) room_ = Lines<float>(M * D);
     sums_ = room_.data();
     if constexpr (sizeof(Out) == 4) sums_ = inside_ ? dy : sums_;
@@ -177,6 +177,7 @@ class ColumnProducts {
  private:
   static constexpr std::int64_t kMost = (kStrip + kTile<E> - 1) / kTile<E> * kTile<E>;
   static constexpr std::int64_t kTurned = kRowsAtOnce<E> + 32;
+  static constexpr std::int64_t kFew = 1 << 20;  // sums that may have a place of their own: 4 MB
 
   // rows at a time; a few more where that are all, lest few take a pass of their own
   static std::int64_t deep_of(std::int64_t rows) { return rows <= kMost ? kMost : kRowsAtOnce<E>; }

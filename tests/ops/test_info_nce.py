@@ -270,6 +270,13 @@ def test_golden():
     assert over_texts.item() == pytest.approx(-2.0351261, abs=1e-6)
 
 
+@pytest.mark.parametrize("N", [1000, 1100])
+def test_sums_of_columns_in_a_place_of_their_own_and_in_the_gradients(N, device):
+    given = inputs(N, N, 1024, device)  # of a CPU a million of them is the border
+    ours, plain = (gradient(bind(f, {}, N, device)) for f in (info_nce, formula))
+    no_worse(ours, plain, *given)
+
+
 @pytest.fixture
 def triton_device(monkeypatch):
     """Where Triton runs, with several bands and strips to small problems."""
