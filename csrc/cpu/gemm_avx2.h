@@ -11,8 +11,8 @@ namespace fastxm {
 namespace {
 
 struct Avx2 {
-  static constexpr std::int64_t step = 1;    // elements of a step
-  static constexpr std::int64_t depth = 96;  // steps whose 24 KB of a panel stay in the first cache
+  static constexpr std::int64_t step = 1;     // elements of a step
+  static constexpr std::int64_t depth = 128;  // steps whose 32 KB of a panel fill the first cache
   static constexpr std::int64_t columns = 16;
 
   // out [R, width <= 64] = a [R, steps] times one panel, or that is added to it
@@ -32,6 +32,7 @@ struct Avx2 {
     __m256 sums[R][2];
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_ps();
+#pragma GCC unroll 4
     for (std::int64_t k = 0; k < steps; ++k, panel += 4 * kPanel, a += a_step) {
       const __m256 left = _mm256_loadu_ps(reinterpret_cast<const float*>(panel));
       const __m256 right = _mm256_loadu_ps(reinterpret_cast<const float*>(panel) + 8);
