@@ -17,15 +17,21 @@ inline void check_launch(const char* kernel) {
     throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
-// runs a kernel over a row of blocks, or nothing if there are none
+// of a launch: in a row, or in rows
+struct Grid {
+  std::int64_t x, y;
+  Grid(std::int64_t x_, std::int64_t y_ = 1) : x(x_), y(y_) {}
+};
+
+// runs a kernel over some blocks, or nothing if there are none
 template <class... Params, class... Given>
-void launch(const char* name, void (*kernel)(Params...), std::int64_t blocks, int threads,
+void launch(const char* name, void (*kernel)(Params...), Grid grid, int threads,
             cudaStream_t stream, const Given&... given) {
-  if (blocks == 0) return;
-  if (blocks >= std::int64_t(1) << 31)
+  if (grid.x == 0 || grid.y == 0) return;
+  if (grid.x >= std::int64_t(1) << 31 || grid.y >= std::int64_t(1) << 16)
     throw std::invalid_argument(std::string(name) + ": too many blocks for one launch");
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   config.blockDim = dim3(threads);
   config.stream = stream;
   cudaLaunchKernelEx(&config, kernel, given...);

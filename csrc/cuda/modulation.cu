@@ -15,10 +15,9 @@ using Pass = ModulationPass;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-dim3 grid(int64_t x, int64_t y = 1) {
-  if (x >= int64_t(1) << 31 || y > 65535)
-    throw std::invalid_argument("modulation: a tensor too large for one launch");
-  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+template <class... Params, class... Given>
+void run_kernel(void (*kernel)(Params...), Grid grid, cudaStream_t stream, const Given&... given) {
+  launch("modulation", kernel, grid, kThreads, stream, given...);
 }
 
 // cells side by side in a block of plane_sums_kernel; whole vectors where there are several blocks
@@ -73,17 +72,17 @@ void run_map(bool backward, const Modulation& s, Args<X, G> a, cudaStream_t stre
   if (s.last) {
     a.lanes = int(std::min<int64_t>(kThreads, s.C / V));
     const int tiles = int(ceil_div(a.n, kThreads / a.lanes * 8));
-    const dim3 blocks = grid(s.B * tiles, ceil_div(s.C / V, a.lanes));
+    const Grid grid(s.B * tiles, ceil_div(s.C / V, a.lanes));
     const auto kernel =
         backward ? pixel_map_kernel<X, G, V, true> : pixel_map_kernel<X, G, V, false>;
-    kernel<<<blocks, kThreads, 0, stream>>>(a, tiles);
+    run_kernel(kernel, grid, stream, a, tiles);
   } else {
     for (a.lanes = 32; a.lanes < kThreads && a.lanes * 4 * V < a.n;) a.lanes *= 2;
     const int tiles = a.lanes < kThreads ? 1 : int(ceil_div(a.n, kThreads * 4 * V));
-    const dim3 blocks = grid(ceil_div(a.planes, kThreads / a.lanes) * tiles);
+    const Grid grid(ceil_div(a.planes, kThreads / a.lanes) * tiles);
     const auto kernel =
         backward ? plane_map_kernel<X, G, V, true> : plane_map_kernel<X, G, V, false>;
-    kernel<<<blocks, kThreads, 0, stream>>>(a, tiles);
+    run_kernel(kernel, grid, stream, a, tiles);
   }
 }
 
@@ -98,11 +97,11 @@ void run_sums(const Modulation& s, Args<X, G> a, cudaStream_t stream) {
   const int64_t units = s.parts * s.B * s.h * (s.last ? s.w : s.C),
                 groups = kThreads / a.lanes / a.depth;
   if (s.last)
-    pixel_sums_kernel<X, G, V>
-        <<<grid(ceil_div(units, groups), ceil_div(s.C, a.lanes * V)), kThreads, 0, stream>>>(a);
+    run_kernel(pixel_sums_kernel<X, G, V>, {ceil_div(units, groups), ceil_div(s.C, a.lanes * V)},
+               stream, a);
   else
-    plane_sums_kernel<X, G, V>
-        <<<grid(ceil_div(units, groups), ceil_div(s.w, a.cells)), kThreads, 0, stream>>>(a);
+    run_kernel(plane_sums_kernel<X, G, V>, {ceil_div(units, groups), ceil_div(s.w, a.cells)},
+               stream, a);
 }
 
 template <class X, int V>
@@ -110,12 +109,11 @@ void run_stats(const Modulation& s, Args<X, X> a, cudaStream_t stream) {
   const int64_t pieces = s.parts * s.B;
   if (s.last) {
     a.lanes = int(std::min<int64_t>(kThreads, s.C / V));
-    pixel_stats_kernel<X, V><<<grid(pieces, ceil_div(s.C / V, a.lanes)), kThreads, 0, stream>>>(a);
+    run_kernel(pixel_stats_kernel<X, V>, {pieces, ceil_div(s.C / V, a.lanes)}, stream, a);
   } else if (a.n / a.parts <= 32 * 4 * V) {
-    plane_stats_kernel<X, V, 32>
-        <<<grid(ceil_div(pieces * s.C, kThreads / 32)), kThreads, 0, stream>>>(a);
+    run_kernel(plane_stats_kernel<X, V, 32>, ceil_div(pieces * s.C, kThreads / 32), stream, a);
   } else {
-    plane_stats_kernel<X, V, kThreads><<<grid(pieces * s.C), kThreads, 0, stream>>>(a);
+    run_kernel(plane_stats_kernel<X, V, kThreads>, pieces * s.C, stream, a);
   }
 }
 
@@ -156,7 +154,6 @@ void modulation_cuda(int pass, const ModulationSizes& sizes, const ModulationAdd
     run<double, double>(p, s, stream);
   else
     throw std::invalid_argument("modulation has no CUDA kernel for these dtypes");
-  check_launch("modulation");
 }
 
 }  // namespace fastxm

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastxm import _C
-from fastxm.ops import dispatch, modulation_ranks
+from fastxm.ops import dispatch, gemm, modulation_ranks
 from fastxm.ops.modulation_reference import as_inputs, layout
 
 PASSES = ("stats", "fwd", "sums", "dx")
@@ -104,8 +104,7 @@ class Fused:
             if self.name == "cpu":
                 _C.modulation_cpu(PASSES.index(name), sizes, addresses, dispatch.threads())
             else:
-                stream = torch.cuda.current_stream().cuda_stream
-                _C.modulation_cuda(PASSES.index(name), sizes, addresses, stream)
+                _C.modulation_cuda(PASSES.index(name), sizes, addresses, gemm.stream(x))
 
 
 def _ready(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,9 +29,11 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;
-  explicit dim3(unsigned x_) : x(x_) {}
+  explicit dim3(unsigned x_, unsigned y_ = 1) : x(x_), y(y_) {}
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+using std::min;
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -141,20 +143,39 @@ inline void run_block(std::vector<Fiber>& fibers, std::mt19937_64& random) {
   }
 }
 
+// what the thread `other` of the same warp gives to this shuffle
+template <class T>
+T shuffle(T x, unsigned other) {
+  static_assert(sizeof(T) <= sizeof(double));
+  const bool turn = running->turn;
+  std::memcpy(&running->given[turn], &x, sizeof x);
+  running->turn = !turn;
+  leave(State::at_warp);
+  std::memcpy(&x, &(*block)[other].given[turn], sizeof x);
+  return x;
+}
+
+// what Python gives as the address of its numbers
+template <class Array>
+Array array(const void* from) {
+  Array result;
+  std::memcpy(result.data(), from, sizeof result);
+  return result;
+}
+
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::leave(emulator::State::at_block); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int offset) {
-  static_assert(sizeof(T) <= sizeof(double));
-  const bool turn = emulator::running->turn;
-  const unsigned other = threadIdx.x ^ offset;
-  std::memcpy(&emulator::running->given[turn], &x, sizeof x);
-  emulator::running->turn = !turn;
-  emulator::leave(emulator::State::at_warp);
-  std::memcpy(&x, &(*emulator::block)[other].given[turn], sizeof x);
-  return x;
+  return emulator::shuffle(x, threadIdx.x ^ offset);
+}
+
+// a lane without one `offset` lanes on keeps its own
+template <class T>
+T __shfl_down_sync(unsigned, T x, int offset) {
+  return emulator::shuffle(x, threadIdx.x + (threadIdx.x % 32 + offset < 32 ? offset : 0));
 }
 
 template <class... Params, class... Given>
@@ -166,9 +187,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulator::kernel = [&] { std::apply(kernel, params); };
-  for (unsigned block = 0; block < gridDim.x; ++block) {
-    blockIdx.x = block;
-    emulator::run_block(fibers, random);
-  }
+  for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+      emulator::run_block(fibers, random);
   return cudaSuccess;
 }
