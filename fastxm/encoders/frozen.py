@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -140,7 +141,8 @@ class Looks(nn.Module):
         if "image" not in self._encoders:
             self.load()
         encoder, device = self._encoders["image"], self.device
-        at = next(encoder.parameters(), None)  # moving all of its tensors takes a millisecond
+        # moving all of its tensors takes a millisecond
+        at = next(chain(encoder.parameters(), encoder.buffers()), None)
         return encoder if at is not None and at.device == device else encoder.to(device)
 
     def load(self) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastxm.data.vocabulary import Vocabulary
 from fastxm.encoders.bert import TextBatch
+from fastxm.nn.text import both_ways
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,5 @@ class STEM(nn.Module):
             words, zero beyond the length; the sentence is the forward direction at the last word
             beside the backward direction at the first.
         """
-        packed = pack_padded_sequence(
-            self.dropout(self.embedding(tokens)),
-            lengths.cpu(),
-            batch_first=True,
-            enforce_sorted=False,
-        )
-        states, (last, _) = self.lstm(packed)
-        words, _ = pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
-        return TextBatch(words, last.transpose(0, 1).flatten(1), lengths)
+        words, sentence = both_ways(self.lstm, self.dropout(self.embedding(tokens)), lengths)
+        return TextBatch(words, sentence, lengths)

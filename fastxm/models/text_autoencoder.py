@@ -87,7 +87,8 @@ class TextAutoencoder(Pretrained):
             [B, code], within (-1, 1).
         """
         words = self.words(tokens)  # [B, T, E]
-        packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
+        ordered = bool((lengths.diff() <= 0).all())  # else indices go to the GPU and back
+        packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=ordered)
         beyond = -torch.inf if self.config.padding == "masked" else 0.0
         out, _ = pad_packed_sequence(self.encoder(packed)[0], True, beyond)  # [B, T, code]
         return out.amax(1)
@@ -103,15 +104,16 @@ class TextAutoencoder(Pretrained):
         """Says captions again from their codes; what a caption has no word for is not computed.
 
         Args:
-            tokens, lengths: as of `encode`.
+            tokens, lengths: as of `encode`; a GPU waits for nothing if they fall in length.
             forced: probability that a step reads the true last words, and not the likeliest ones by
                 the decoder itself. No gradient goes through that choice.
 
         Returns:
             logits [P, V] of the P words and ends of all captions, and what they are, int64 [P].
         """
-        lengths, order = lengths.sort(descending=True, stable=True)
-        tokens = tokens[order.to(tokens.device)]
+        if (lengths.diff() > 0).any():
+            lengths, order = lengths.sort(descending=True, stable=True)
+            tokens = tokens[order.to(tokens.device)]
         code = self.encode(tokens, lengths)
         state, word = (code, torch.zeros_like(code)), self.start.expand(len(code), -1)
         told = torch.rand(tokens.shape[1]).tolist() if forced else [1.0] * tokens.shape[1]

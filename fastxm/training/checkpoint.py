@@ -149,8 +149,12 @@ def tensors(state: Any) -> Iterator[Tensor]:
 
 
 def finite(state: Any) -> bool:
-    """Whether every floating tensor in a nested state is finite."""
-    return all(bool(t.isfinite().all()) for t in tensors(state) if t.is_floating_point())
+    """Whether every floating tensor in a nested state is finite; a GPU is waited for once."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for t in tensors(state):
+        if t.is_floating_point():
+            found.setdefault(t.device, []).append(t.isfinite().all())
+    return all(bool(torch.stack(each).all()) for each in found.values())
 
 
 def sync(file: Any) -> None:

@@ -186,9 +186,9 @@ class LAFITERecipe(GANRecipe):
         self.synthesis: Callable[..., Any] = model.generator.synthesis
         self.discriminator: Callable[..., Any] = model.discriminator
         self.grain = {"noise": self.shares.grain} if self.ranks.size > 1 else {}
+        if isinstance(model.discriminator, Looks):
+            model.discriminator.load()
         if config.compile:
-            if isinstance(model.discriminator, Looks):
-                model.discriminator.load()
             self.synthesis = torch.compile(self.synthesis, fullgraph=True)
             self.discriminator = torch.compile(self.discriminator, fullgraph=True)
         self.players = self.make_players()

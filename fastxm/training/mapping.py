@@ -26,6 +26,7 @@ from fastxm.models.selfsup import CodeMap, CrossModalAutoencoder, CrossModalConf
 from fastxm.models.text_autoencoder import TextAutoencoder
 from fastxm.ops import info_nce, mmd2
 from fastxm.ops.mmd import RBF
+from fastxm.training.batches import place
 from fastxm.training.draws import Draws
 from fastxm.training.ema import EMA
 from fastxm.training.mappers import MAPPERS, Mapper, MMDGANConfig
@@ -130,12 +131,13 @@ class CodeDraws:
 
     def image(self) -> Tensor:
         """The next codes of pictures, [B, D]."""
-        rows = next(self.images)
+        rows = place(next(self.images), self.codes.mean.device)
         return self.see_image(self.codes.image(rows) if self.stochastic else self.codes.mean[rows])
 
     def text(self) -> Tensor:
         """The next codes of captions, [B, E]."""
-        return self.see_text(self.codes.text[next(self.texts)])
+        rows = place(next(self.texts), self.codes.text.device)
+        return self.see_text(self.codes.text[rows])
 
     def __iter__(self) -> Iterator[Self]:
         while True:

@@ -11,6 +11,7 @@ from fastxm.data.subsets import captions_alone, principal
 from fastxm.data.vocabulary import Vocabulary
 from fastxm.data.word_vectors import word_vectors
 from fastxm.models.text_autoencoder import TextAutoencoder, TextAutoencoderConfig, text_loss
+from fastxm.training.batches import place
 from fastxm.training.draws import Draws
 from fastxm.training.precision import pick_device, seed_all
 from fastxm.training.recipe import Player, Recipe
@@ -87,7 +88,7 @@ class TextRecipe(Recipe):
             vectors, _ = word_vectors(config.word_vectors, known, width)
             self.model.words.weight.data.copy_(vectors)
             self.model.words.requires_grad_(False)
-        self.tokens, self.lengths = self.model.tokens(texts)
+        self.tokens, self.lengths = (t.cpu() for t in self.model.tokens(texts))
         self.batches = Draws(weights, config.batch_size, seed=self.seed)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, config.lr, fused=True)
@@ -99,8 +100,8 @@ class TextRecipe(Recipe):
         return whole.select(principal(whole))
 
     def step(self, batch: Tensor) -> dict[str, Tensor]:
-        lengths = self.lengths[batch]
-        tokens = self.tokens[batch, : int(lengths.max())]
+        lengths, order = self.lengths[batch].sort(descending=True, stable=True)
+        tokens = place(self.tokens[batch[order], : int(lengths[0])], self.device)
         player = self.players["autoencoder"]
         loss, accuracy = text_loss(*self.model(tokens, lengths, self.config.forced))
         player.optimizer.zero_grad()

@@ -6,6 +6,7 @@ from eye import Eye
 
 from fastxm.encoders.damsm import DAMSM, DAMSMConfig
 from fastxm.encoders.stem import STEM, STEMConfig
+from fastxm.nn.text import _from_both_ends, both_ways
 
 WORDS = ("red", "apple", "frog", "a")
 
@@ -40,6 +41,19 @@ def test_padding_is_not_read():
     other = torch.tensor([[2, 3, 4, 5]])
     for a, b in zip(model.read(tokens, lengths), model.read(other, lengths)):
         torch.testing.assert_close(a, b)
+
+
+def test_a_gpu_reads_the_same_without_packing():
+    lstm = stem().lstm
+    words, lengths = torch.randn(4, 5, 4), torch.tensor([5, 1, 3, 2])
+    found = []
+    for read in (both_ways, _from_both_ends):
+        given = words.clone().requires_grad_()
+        states, ends = read(lstm, given, lengths)
+        loss = (states * torch.arange(30.0).view(5, 6).sin()).sum() + ends.square().sum()
+        found.append((states, ends, *torch.autograd.grad(loss, (given, *lstm.parameters()))))
+    for packed, twice in zip(*found):
+        torch.testing.assert_close(packed, twice)
 
 
 @pytest.mark.parametrize("fields", [{"width": 7}, {"words": 0}, {"dropout": 1.0}])
