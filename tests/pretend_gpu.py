@@ -1,9 +1,10 @@
 """A GPU of the CPU's memory, as a plugin of pytest: `python -m pytest -p pretend_gpu ...`.
 
-Tensors on it hold one of the CPU's, which computes; ops take their reference path. What a GPU
-would refuse is refused: tensors of both in one operation. What it would be waited for in a
-training's step is listed at the end, and is a failure. Only where PyTorch has no CUDA of its own;
-PRETEND_GPU names the library of tests/native/pretend_gpu.cpp.
+Tensors on it hold one of the CPU's, which computes; ops take their reference path, or, if Triton
+is interpreted, the GPU's. What a GPU would refuse is refused: tensors of both in one operation.
+What it would be waited for in a training's step is listed at the end, and is a failure. Only where
+PyTorch has no CUDA of its own. PRETEND_GPU names the library of tests/native/pretend_gpu.cpp;
+of the tests every PRETEND_EVERYth is run.
 """
 
 import collections
@@ -11,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import traceback
+from types import SimpleNamespace
 
 ctypes.CDLL(os.environ["PRETEND_GPU"])  # before PyTorch asks for the first time
 
@@ -18,6 +20,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch._library.custom_ops import OPDEFS  # noqa: E402
 from torch.utils import _python_dispatch as dispatch  # noqa: E402
 from torch.utils._pytree import tree_iter, tree_map  # noqa: E402
 
@@ -46,6 +49,12 @@ class OnGPU(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
+
+    def __repr__(self):
+        return f"OnGPU({self.inner!r})"
+
+    def __format__(self, form):
+        return format(self.inner, form)
 
     def tolist(self):
         wait("tolist")
@@ -95,6 +104,12 @@ def run(func, args, kwargs):
     others = [x for x in tensors if not isinstance(x, OnGPU) and x.ndim]
     if ours and others and name not in EITHER:
         raise RuntimeError(f"{name} of tensors on the CPU and on the GPU")
+    if ours and func.namespace == "fastxm":
+        with Everywhere():
+            return OPDEFS[func._schema.name]._backend_fns[None](*args, **kwargs)
+    if name == "to":  # below autograd it is not taken apart
+        with Everywhere():
+            return func.decompose(*args, **kwargs)
     device = kwargs.get("device")
     there = bool(ours) if device is None else torch.device(device).type == "cuda"
     moved = name == "_to_copy" and there != bool(ours)
@@ -106,7 +121,7 @@ def run(func, args, kwargs):
         there = isinstance(args[0], OnGPU)
     if device is not None and there:
         kwargs = {**kwargs, "device": "cpu"}
-    made = CELLS.get(name, func)(*tree_map(own, args), **tree_map(own, kwargs))
+    made = OWN.get(name, OWN.get(str(func), func))(*tree_map(own, args), **tree_map(own, kwargs))
     if name in ON_THE_CPU and there:
         return OnGPU(made[0]), made[1]
     given = {id(x.inner): x for x in ours}  # which operations in place give back
@@ -139,7 +154,19 @@ def cell_backward(d_out, d_c, before, after, gates, has_bias):
 
 
 GATES = torch.sigmoid, torch.sigmoid, torch.tanh, torch.sigmoid
-CELLS = {"_thnn_fused_lstm_cell": cell, "_thnn_fused_lstm_cell_backward_impl": cell_backward}
+
+
+def wide_product(x, y, out_dtype, out=None):
+    """torch.mm and torch.bmm of halves, as the CPU cannot make them."""
+    made = torch.matmul(x.to(out_dtype), y.to(out_dtype))
+    return made if out is None else out.copy_(made)
+
+
+OWN = {
+    "_thnn_fused_lstm_cell": cell,
+    "_thnn_fused_lstm_cell_backward_impl": cell_backward,
+    **{f"aten.{f}.dtype{out}": wide_product for f in ("mm", "bmm") for out in ("", "_out")},
+}
 
 
 @contextlib.contextmanager
@@ -174,12 +201,15 @@ def patch(to: pytest.MonkeyPatch) -> None:
         return x
 
     nothing, generator = contextlib.nullcontext(), torch.get_rng_state
+    h200 = SimpleNamespace(multi_processor_count=132)
     for name, value in {
         "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
         "is_bf16_supported": lambda *_, **__: True, "manual_seed_all": lambda seed: None,
         "manual_seed": lambda seed: None, "get_rng_state_all": lambda: [generator()],
         "get_rng_state": lambda *_: generator(), "set_rng_state_all": lambda states: None,
-        "device_of": lambda x: nothing,
+        "device_of": lambda x: nothing, "get_device_properties": lambda device: h200,
+        "get_device_capability": lambda *_: (9, 0),
+        "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
     }.items():  # fmt: skip
         to.setattr(torch.cuda, name, value)
     to.setattr(Tensor, "pin_memory", lambda x: x)
@@ -200,8 +230,13 @@ patch(pytest.MonkeyPatch())  # before other modules take these names
 def _pretend():
     from fastxm.ops import backend
 
-    with torch.autograd.set_multithreading_enabled(False), Everywhere(), backend("reference"):
+    usual = contextlib.nullcontext() if "TRITON_INTERPRET" in os.environ else backend("reference")
+    with torch.autograd.set_multithreading_enabled(False), Everywhere(), usual:
         yield
+
+
+def pytest_collection_modifyitems(items):
+    items[:] = items[:: int(os.environ.get("PRETEND_EVERY", "1"))]
 
 
 def pytest_sessionfinish(session):
