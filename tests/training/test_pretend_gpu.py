@@ -27,7 +27,7 @@ OPS = {"info_nce": 10, "siglip": 3, "region_word": 40, "mmd": 18, "modulation": 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    made = tmp_path_factory.mktemp("native") / "pretend_gpu.so"
+    made = tmp_path_factory.mktemp("native") / "libpretend_gpu.so"
     folders = cpp_extension.library_paths()
     command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC",
                *(f"-I{path}" for path in cpp_extension.include_paths()),
