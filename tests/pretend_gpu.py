@@ -180,8 +180,10 @@ def mark(name):
 
 def patch(to: pytest.MonkeyPatch) -> None:
     """What PyTorch and transformers would not do so."""
+    from fastxm import _C
     from fastxm.training import precision, trainer
 
+    without_cuda = {**_C.build_info(), "cuda": False}  # whose kernels ask the driver
     of_lists, save, load = torch.tensor, torch.save, transformers.PreTrainedModel.from_pretrained
     orthogonal_ = torch.nn.init.orthogonal_
 
@@ -220,6 +222,7 @@ def patch(to: pytest.MonkeyPatch) -> None:
     to.setattr(transformers.PreTrainedModel, "from_pretrained", from_pretrained)
     to.setattr(precision, "pick_device", lambda name: torch.device("cuda"))
     to.setattr(trainer, "mark", mark)
+    to.setattr(_C, "build_info", lambda: without_cuda)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
 
 
