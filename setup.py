@@ -43,7 +43,7 @@ def cuda_home() -> Path | None:
 
 def cudart(home: Path) -> Path | None:
     """The folder of the static CUDA runtime."""
-    folders = (home / "lib64", home / "targets/x86_64-linux/lib", home / "lib")
+    folders = (home / "lib64", *sorted(home.glob("targets/*/lib")), home / "lib")
     return next((path for path in folders if (path / "libcudart_static.a").exists()), None)
 
 
