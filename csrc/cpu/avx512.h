@@ -4,13 +4,6 @@
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
 #define FASTXM_VECTORS
 
-// GCC 12 takes what its own intrinsics leave undefined on purpose for a mistake
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include <algorithm>
 #include <cstdint>
 
@@ -19,29 +12,38 @@
 namespace fastxm {
 namespace {
 
+#ifndef FASTXM_AVX512  // tests emulate these
 #define FASTXM_AVX512 __attribute__((target("arch=x86-64-v4")))
 // no instruction of AVX512-BF16 but those named comes of it: what is float32 runs on any AVX-512
 #define FASTXM_AVX512_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#endif
 
 // the first n of a vector's lanes
 FASTXM_AVX512 FASTXM_INLINE __mmask16 lanes(std::int64_t n) {
   return static_cast<__mmask16>((1u << std::clamp<std::int64_t>(n, 0, 16)) - 1);
 }
 
-// as exp_fast; 0 in other lanes, and below `least`, which is above -87; NaN stays
+// 2^x; 0 in other lanes, NaN stays
+FASTXM_AVX512 FASTXM_INLINE __m512 power_of_2(__m512 x, __mmask16 mask) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(kPower[5]);
+#pragma GCC unroll 5
+  for (int k = 4; k >= 0; --k) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kPower[k]));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1));
+  return _mm512_maskz_scalef_ps(mask, p, x);
+}
+
+// as exp_fast; 0 in other lanes, and below `least`
 FASTXM_AVX512 FASTXM_INLINE __m512 exp_from(float least, __m512 x, __mmask16 mask) {
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-  __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693145751953125f), x);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(-1.42860682030941723e-6f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1)));
   mask = _mm512_mask_cmp_ps_mask(mask, x, _mm512_set1_ps(least), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(mask, p, n);
+  return power_of_2(_mm512_mul_ps(x, _mm512_set1_ps(kLog2e)), mask);
+}
+
+// an order of halves for which those of two vectors of 16 come to stand beside each other
+FASTXM_AVX512 FASTXM_INLINE __m512i evens_and_odds() {
+  alignas(64) std::uint16_t order[32];
+  for (int k = 0; k < 32; ++k) order[k] = static_cast<std::uint16_t>(k / 2 + k % 2 * 16);
+  return _mm512_load_si512(order);
 }
 
 // 16 numbers of E in float32, and back

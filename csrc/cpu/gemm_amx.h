@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -17,7 +16,9 @@
 namespace fastxm {
 namespace {
 
+#ifndef FASTXM_AMX  // tests emulate it
 #define FASTXM_AMX __attribute__((target("amx-tile,amx-bf16")))
+#endif
 
 constexpr std::int64_t kSide = 16;    // rows of a tile, and words of 4 bytes in each
 constexpr std::int64_t kDepth = 256;  // steps at a time: what 32 columns have of them is 32 KB

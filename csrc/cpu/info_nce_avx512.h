@@ -172,9 +172,7 @@ FASTXM_AVX512_BF16 void rows_avx512(const float* tile, std::int64_t rows, std::i
 
 FASTXM_AVX512_BF16 void steps_avx512(const float* tile, std::int64_t rows, std::int64_t width,
                                      bfloat16* panels, std::int64_t panel) {
-  alignas(64) std::uint16_t order[32];
-  for (int k = 0; k < 32; ++k) order[k] = static_cast<std::uint16_t>(k / 2 + k % 2 * 16);
-  const __m512i beside = _mm512_load_si512(order);
+  const __m512i beside = evens_and_odds();
   for (std::int64_t j = 0; j < width; j += kPanel, panels += panel) {
     const Lanes part(width - j);
     for (std::int64_t i = 0; i < rows; i += 2) {

@@ -131,7 +131,7 @@ void problems(const MmdKernel& kernel, const MmdProblems& p, int threads) {
   const MmdDiagonal paired = p.drop_paired ? MmdDiagonal::dropped : MmdDiagonal::plain;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t g = 0; g < p.problems; ++g) {
-    const FlushToZero guard;
+    [[maybe_unused]] const FlushToZero guard;
     std::vector<T> room;
     std::vector<double> whole(kernel.size), half(kernel.size);
     const int64_t i = pointer<const int64_t>(p.x_starts)[g],

@@ -4,10 +4,6 @@
 #include <algorithm>
 #include <vector>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "cpu/mmd.h"
 #include "cpu/mmd_avx2.h"
 #include "cpu/mmd_avx512.h"
@@ -152,12 +148,6 @@ FASTXM_INLINE void write_row(const Rows<T>& r, int64_t i, const T* w, const T* r
 // adds up all parts for n pairs of a row, and their derivatives times right and scale
 template <bool kDerivatives, class T>
 FASTXM_INLINE void add_parts(const Rows<T>& r, T scale, int64_t n, Strip<T>& a) {
-#ifdef FASTXM_VECTORS
-  if constexpr (!kDerivatives && sizeof(T) == 4) {
-    if (r.rbf && has_avx512()) return rbf_avx512(r.parts, n, a.s, a.k, a.w);
-    if (r.rbf && has_avx2()) return rbf_avx2(r.parts, n, a.s, a.k, a.w);
-  }
-#endif
   const Part<T>*part = r.parts.data(), *end = part + r.parts.size();
   while (part < end) {
     const int64_t count = part + 1 < end && part[1].power ? 2 : 1;
@@ -174,6 +164,48 @@ FASTXM_INLINE void add_parts(const Rows<T>& r, T scale, int64_t n, Strip<T>& a) 
   }
 }
 
+// Takes row i, or two, if nothing is wanted but sums and weights and there are the instructions for
+// it; returns how many. `own` is the column that is row i itself.
+FASTXM_INLINE int64_t rows_at_once(const Rows<double>&, int64_t, int64_t, double) { return 0; }
+FASTXM_INLINE int64_t rows_at_once(const Rows<float>& r, int64_t i, int64_t own, float own_value) {
+#ifdef FASTXM_VECTORS
+  const bool halves = r.weights && r.pairs, two = has_avx512() && i + 1 < r.rows;
+  if (!r.rbf || r.derive || r.squares || r.x_terms) return 0;
+  if (!has_avx2() || (halves && (!has_avx512() || i % 2))) return 0;
+  char* out =
+      r.weights ? static_cast<char*>(r.weights) + i * r.weight_stride * (halves ? 2 : 4) : nullptr;
+  if (halves && r.width % 2)
+    for (int64_t k = 0; k < 1 + two; ++k)
+      reinterpret_cast<bfloat16*>(out)[k * r.weight_stride + r.width].bits = 0;
+  const RbfRows rows = {r.parts,
+                        r.width,
+                        r.diagonal == MmdDiagonal::plain ? -2 : own,
+                        own_value,
+                        r.stride,
+                        r.weight_stride,
+                        r.products + i * r.stride,
+                        r.y_norms,
+                        r.y_weights,
+                        r.x_norms + i,
+                        r.x_weights + i,
+                        r.x_scales + i,
+                        r.x_potentials + i,
+                        r.x_slopes + i,
+                        r.y_potentials,
+                        r.y_slopes,
+                        out,
+                        halves ? r.pairs + i / 2 * r.weight_stride : nullptr};
+  auto* run = halves ? (two ? rbf_rows_avx512<2, true, true> : rbf_rows_avx512<1, true, true>)
+              : out  ? (two ? rbf_rows_avx512<2, true, false> : rbf_rows_avx512<1, true, false>)
+                     : (two ? rbf_rows_avx512<2, false, false> : rbf_rows_avx512<1, false, false>);
+  if (!has_avx512()) run = out ? rbf_row_avx2<true> : rbf_row_avx2<false>;
+  run(rows);
+  return 1 + two;
+#else
+  return 0;
+#endif
+}
+
 template <class T>
 FASTXM_INLINE void rows_of(const Rows<T>& r) {
   Strip<T> a;
@@ -181,8 +213,17 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
   const int64_t n = r.width;
   const T *y_norms = r.y_norms, *y_weights = r.y_weights;
   T* y_potentials = r.y_potentials;
-  T *s = a.s, *k = a.k, *w = a.w;
+  T *s = a.s, *k = a.k, *w = a.w, same = 0;  // same: the kernel of a row with itself
+  for (const Part<T>& part : r.parts) same += part.weight;
   for (int64_t i = 0; i < r.rows; ++i) {
+    const int64_t own = r.i + i - r.j;
+    const bool crossed = r.diagonal != MmdDiagonal::plain && own >= 0 && own < n;
+    const bool dropped = crossed && r.diagonal == MmdDiagonal::dropped;
+    const int64_t done = rows_at_once(r, i, own, r.diagonal == MmdDiagonal::dropped ? 0 : same);
+    if (done) {
+      i += done - 1;
+      continue;
+    }
     const T *g = r.products + i * r.stride, norm = r.radial ? r.x_norms[i] : T(0);
     const T weight = r.x_weights[i];
     const T scale = r.x_terms ? T(1) : r.x_scales[i];
@@ -195,9 +236,6 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
     } else {
       std::copy(g, g + n, s);
     }
-    const int64_t own = r.i + i - r.j;
-    const bool crossed = r.diagonal != MmdDiagonal::plain && own >= 0 && own < n;
-    const bool dropped = crossed && r.diagonal == MmdDiagonal::dropped;
     if (crossed && r.radial) s[own] = 0;
     a.right = y_weights;
     if (dropped) {
@@ -238,15 +276,6 @@ FASTXM_INLINE void rows_of(const Rows<T>& r) {
     if (r.derive && r.x_terms) add_parts<true>(r, scale, n, a);
   }
 }
-
-// results below the normal range become 0 at once: they cost a hundred cycles each otherwise
-struct FlushToZero {
-#if defined(__SSE2__)
-  unsigned before = _mm_getcsr();
-  FlushToZero() { _mm_setcsr(before | 0x8040u); }
-  ~FlushToZero() { _mm_setcsr(before); }
-#endif
-};
 
 // a parallel region is not cloned for each instruction set, so what it calls is
 FASTXM_MULTIARCH void some_rows(const Rows<float>& rows) { rows_of(rows); }

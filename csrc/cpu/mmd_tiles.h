@@ -133,7 +133,7 @@ struct Blocks {
 // columns: so each block is a thread's own, and sums are in one order for any number of threads.
 template <class T>
 void tiles(const MmdKernel& kernel, const std::vector<MmdTile>& given, int threads) {
-  const std::vector<Part<T>> parts = parts_of<T>(kernel);
+  const std::vector<Part<T>> parts = parts_of<T>(kernel, given.front().bf16);
   std::vector<Blocks> blocks;
   int64_t rounds = 0, most = 0, size = 0, pairs = 0;
   for (const MmdTile& t : given) {
@@ -147,7 +147,7 @@ void tiles(const MmdKernel& kernel, const std::vector<MmdTile>& given, int threa
   const auto count = static_cast<int64_t>(given.size());
 #pragma omp parallel num_threads(threads)
   {
-    const FlushToZero guard;
+    [[maybe_unused]] const FlushToZero guard;
     Room<T> room(given.front(), size);
     for (int64_t round = 0; round < rounds; ++round) {
 #pragma omp for collapse(2) schedule(dynamic)

@@ -15,7 +15,7 @@ struct Tile {
   std::uint32_t data[16][16];
 };
 
-inline Tile tiles[8];
+inline thread_local Tile tiles[8];
 
 inline void demand(bool holds) {
   if (!holds) std::abort();
