@@ -12,7 +12,7 @@ from torch.utils import cpp_extension
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is not None, reason="PyTorch has a CUDA of its own"
 )
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 TRAININGS = [
     "test_xmcgan_recipe.py::test_a_checkpoint_of_another_model_is_refused",
     "test_mirrorgan_recipe.py::test_a_resumed_run_is_the_unbroken_one",
