@@ -8,8 +8,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import pybind11
 import pytest
+from torch.utils import cpp_extension
 
 from fastxm import _C
 
@@ -20,7 +20,8 @@ OPS = ["gemm", "info_nce", "mmd", "region_word", "siglip"]
 
 def build(library: Path) -> None:
     """fastxm._C with those instructions emulated."""
-    folders = [SOURCE, NATIVE, pybind11.get_include(), sysconfig.get_path("include")]
+    # PyTorch brings pybind11's headers
+    folders = [SOURCE, NATIVE, *cpp_extension.include_paths(), sysconfig.get_path("include")]
     maths = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     sources = [SOURCE / "module.cpp", *sorted((SOURCE / "cpu").glob("*.cpp"))]
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC", "-fopenmp",
