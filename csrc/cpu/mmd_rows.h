@@ -171,7 +171,7 @@ FASTXM_INLINE int64_t rows_at_once(const Rows<float>& r, int64_t i, int64_t own,
 #ifdef FASTXM_VECTORS
   const bool halves = r.weights && r.pairs, two = has_avx512() && i + 1 < r.rows;
   if (!r.rbf || r.derive || r.squares || r.x_terms) return 0;
-  if (!has_avx2() || (halves && (!has_avx512() || i % 2))) return 0;
+  if (!(halves ? has_avx512() : has_avx2())) return 0;
   char* out =
       r.weights ? static_cast<char*>(r.weights) + i * r.weight_stride * (halves ? 2 : 4) : nullptr;
   if (halves && r.width % 2)
