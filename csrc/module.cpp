@@ -73,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("info_nce_kept_cpu", &fastxm::info_nce_kept_cpu, release());
   m.def("info_nce_losses_cpu", &fastxm::info_nce_losses_cpu, release());
   m.def("info_nce_losses_bwd_cpu", &fastxm::info_nce_losses_bwd_cpu, release());
+  m.def("info_nce_rnorms_cpu", &fastxm::info_nce_rnorms_cpu, release());
   m.def("info_nce_sums_cpu", &fastxm::info_nce_sums_cpu, release());
   m.def("info_nce_sums_bwd_cpu", &fastxm::info_nce_sums_bwd_cpu, release());
   m.def("mmd_problems_cpu", &fastxm::mmd_problems_cpu, release());
@@ -89,6 +90,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("info_nce_workspace_cuda", &fastxm::info_nce_workspace_cuda, release());
   m.def("info_nce_fwd_cuda", &fastxm::info_nce_fwd_cuda, release());
   m.def("info_nce_bwd_cuda", &fastxm::info_nce_bwd_cuda, release());
+  m.def("info_nce_rnorms_cuda", &fastxm::info_nce_rnorms_cuda, release());
+  m.def("info_nce_finish_cuda", &fastxm::info_nce_finish_cuda, release());
   m.def("info_nce_small_cuda", &fastxm::info_nce_small_cuda, release());
   m.def("mmd_derivatives_cuda", &fastxm::mmd_derivatives_cuda, release());
   m.def("mmd_parts_cuda", &fastxm::mmd_parts_cuda, release());

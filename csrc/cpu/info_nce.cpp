@@ -97,23 +97,16 @@ std::vector<float> terms_of(const float* lse, const float* dloss, std::int64_t s
   return terms;
 }
 
-// a factor of 0 is one that gradients can be divided by
-std::vector<float> not_zero(std::uintptr_t factors, std::int64_t n) {
-  std::vector<float> copy(pointer<const float>(factors), pointer<const float>(factors) + n);
-  std::replace(copy.begin(), copy.end(), 0.0f, 1e-18f);
-  return copy;
-}
-
 // gradients of Out: E, or float32
 template <class E, class Out>
-void gradients(InfoNceProblem p, const float* row_terms, const float* column_terms,
+void gradients(const InfoNceProblem& p, const float* row_terms, const float* column_terms,
                const InfoNceGradients& out, double smoothing, std::int64_t workspace, int threads) {
   threads = threads_of(p, threads);
   const std::int64_t N = p.rows, M = p.columns, D = p.depth;
   auto *dx = pointer<Out>(out[0]), *dy = pointer<Out>(out[1]);
-  auto a = not_zero(p.row_factor, N), b = not_zero(p.column_factor, M);
-  p.row_factor = reinterpret_cast<std::uintptr_t>(a.data());
-  p.column_factor = reinterpret_cast<std::uintptr_t>(b.data());
+  const auto* rnorms = pointer<const float>(out[2]);
+  const Finish<E> end_x = {pointer<const E>(p.x), rnorms, pointer<float>(out[3]), D};
+  const Finish<E> end_y = {pointer<const E>(p.y), rnorms ? rnorms + N : nullptr, nullptr, D};
   const std::int64_t strips = (M + kStrip - 1) / kStrip;
   const std::int64_t tiles = (N + kTile<E> - 1) / kTile<E> * strips;
   auto* kept = pointer<Kept<E>>(p.kept);
@@ -135,21 +128,35 @@ void gradients(InfoNceProblem p, const float* row_terms, const float* column_ter
     const LogitGradients<E> ds = {
         block, products_of(p, i, columns), terms, kept ? kept : room.data(), !kept, strips};
     if (!kept) ds.remake(room.data(), threads);
-    of_y.multiply(ds, dx + i * D, threads);
+    of_y.multiply(ds, dx + i * D, end_x, i, threads);
     of_x.add(ds, pointer<const E>(p.x) + i * D, i > 0, threads);
   }
   if (N == 0)
     std::fill(dy, dy + M * D, Out{});
   else
-    of_x.finish(threads);
-  inner(pointer<const E>(p.x), dx, N, D, a.data(), pointer<float>(out[2]), threads);
-  if (out[3]) inner(pointer<const E>(p.y), dy, M, D, b.data(), pointer<float>(out[3]), threads);
+    of_x.finish(end_y, threads);
 }
 
 }  // namespace
 
 std::array<std::int64_t, 5> info_nce_kept_cpu() {
   return {kStrip, kTile<float>, sizeof(Kept<float>), kTile<bfloat16>, sizeof(Kept<bfloat16>)};
+}
+
+void info_nce_rnorms_cpu(const std::array<std::int64_t, 4>& sizes, std::uintptr_t x,
+                         std::uintptr_t y, std::uintptr_t to, int threads) {
+  const std::int64_t D = sizes[3];
+  auto of = [&](auto* rows, std::int64_t count, float* out) {
+#pragma omp parallel for num_threads(count* D < kSmall ? 1 : threads)
+    for (std::int64_t i = 0; i < count; i += kTallest)
+      rnorms(rows + i * D, std::min(kTallest, count - i), D, out + i);
+  };
+  auto run = [&](auto element) {
+    using E = const decltype(element);
+    of(pointer<E>(x), sizes[1], pointer<float>(to));
+    of(pointer<E>(y), sizes[2], pointer<float>(to) + sizes[1]);
+  };
+  sizes[0] ? run(bfloat16()) : run(float());
 }
 
 void info_nce_sums_cpu(const InfoNceProblemSizes& sizes, const InfoNceProblemAddresses& addresses,
@@ -176,13 +183,13 @@ void info_nce_losses_cpu(const InfoNceProblemSizes& sizes, const InfoNceProblemA
 
 void info_nce_sums_bwd_cpu(const InfoNceProblemSizes& sizes,
                            const InfoNceProblemAddresses& addresses, std::uintptr_t row_terms,
-                           std::uintptr_t column_terms, const InfoNceGradients& out,
+                           std::uintptr_t column_terms, const std::array<std::uintptr_t, 2>& out,
                            double smoothing, std::int64_t workspace, int threads) {
   InfoNceProblem p = info_nce_problem(sizes, addresses);
   with_element(p, [&](auto element) {
     gradients<decltype(element), float>(p, pointer<const float>(row_terms),
-                                        pointer<const float>(column_terms), out, smoothing,
-                                        workspace, threads);
+                                        pointer<const float>(column_terms), {out[0], out[1], 0, 0},
+                                        smoothing, workspace, threads);
   });
 }
 

@@ -71,16 +71,22 @@ void info_nce_losses_cpu(const InfoNceProblemSizes& sizes, const InfoNceProblemA
                          const std::array<std::uintptr_t, 3>& results, double smoothing,
                          std::uintptr_t counts, std::int64_t workspace, int threads);
 
-// gradients of x, y, row_factor and (unless 0) column_factor, all float32, from the terms of
-// info_nce_bwd_cpu
-using InfoNceGradients = std::array<std::uintptr_t, 4>;
+// 1 / |row|, at most 1e6, of rows x [rows, depth] and then of y [columns, depth]: [rows + columns]
+// of float32. sizes: whether they are of bfloat16, rows, columns, depth
+void info_nce_rnorms_cpu(const std::array<std::int64_t, 4>& sizes, std::uintptr_t x,
+                         std::uintptr_t y, std::uintptr_t rnorms, int threads);
+
+// dx = g y and dy = g^T x, of float32, from the terms of info_nce_bwd_cpu
 void info_nce_sums_bwd_cpu(const InfoNceProblemSizes& sizes,
                            const InfoNceProblemAddresses& addresses, std::uintptr_t row_terms,
-                           std::uintptr_t column_terms, const InfoNceGradients& gradients,
-                           double smoothing, std::int64_t workspace, int threads);
+                           std::uintptr_t column_terms,
+                           const std::array<std::uintptr_t, 2>& gradients, double smoothing,
+                           std::int64_t workspace, int threads);
 
-// the same from the gradient of each loss, dloss_stride apart, and all log-sum-exps; those of x
-// and y are of their dtype
+// dx and dy, rnorms or 0, and along [rows]: see fastxm/ops/info_nce_rows.py
+using InfoNceGradients = std::array<std::uintptr_t, 4>;
+// gradients of x and y, of their dtype, and along from the gradient of each loss, dloss_stride
+// apart, and all log-sum-exps
 void info_nce_losses_bwd_cpu(const InfoNceProblemSizes& sizes,
                              const InfoNceProblemAddresses& addresses, std::uintptr_t dloss,
                              std::int64_t dloss_stride, std::uintptr_t row_lse,

@@ -65,9 +65,10 @@ class RowProducts {
       pack_rows(panels(j), y + j * D, std::min(kDeep, M - j), D, D, 0, threads);
   }
 
-  // dx [rows, D] = gradients times y
+  // dx [rows, D] = gradients times y, of rows from `begin` on, and finished
   template <class Out>
-  void multiply(const LogitGradients<E>& ds, Out* dx, int threads) const {
+  void multiply(const LogitGradients<E>& ds, Out* dx, const Finish<E>& end, std::int64_t begin,
+                int threads) const {
     const std::int64_t rows = ds.b.rows;
     std::int64_t tiles = sizeof(E) == 2 ? 8 : 10;  // of a part
     auto few = [&] { return rows < 2 * threads * tiles * kTile<E>; };
@@ -75,7 +76,7 @@ class RowProducts {
     const std::int64_t part = tiles * kTile<E>;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (std::int64_t i = 0; i < rows; i += part)
-      multiply_part(ds, i, std::min(part, rows - i), dx + i * D_);
+      multiply_part(ds, i, std::min(part, rows - i), dx + i * D_, end, begin + i);
   }
 
  private:
@@ -89,8 +90,8 @@ class RowProducts {
   }
 
   template <class Out>
-  void multiply_part(const LogitGradients<E>& ds, std::int64_t first, std::int64_t rows,
-                     Out* dx) const {
+  void multiply_part(const LogitGradients<E>& ds, std::int64_t first, std::int64_t rows, Out* dx,
+                     const Finish<E>& end, std::int64_t row) const {
     constexpr bool direct = sizeof(Out) == 4;
     const std::int64_t stride = direct ? D_ : D_ + 16;
     alignas(64) float scratch[kTile<E> * kStrip], values[kTile<E> * kStrip];
@@ -109,6 +110,7 @@ class RowProducts {
         chunk.data()[i * kApart + width] = E{};
       fastxm::multiply(panels(j), chunk.data(), kApart, rows, 0, D_, out, stride, j > 0);
     }
+    finish_rows(end, row, rows, out, stride);
     if constexpr (!direct) round_rows(out, stride, rows, D_, dx, D_);
   }
 
@@ -150,7 +152,7 @@ class ColumnProducts {
     }
   }
 
-  void finish(int threads) const {
+  void finish(const Finish<E>& end, int threads) const {
     const std::int64_t part = inside_ ? kStrip : kPanel;  // columns that are turned back at a time
 #pragma omp parallel num_threads(threads)
     {
@@ -166,8 +168,10 @@ class ColumnProducts {
         }
         if constexpr (sizeof(Out) == 4) {
           transpose(sums, width, D_, count, dy_ + j * D_, D_);
+          finish_rows(end, j, count, dy_ + j * D_, D_);
         } else {
           transpose(sums, width, D_, count, room.data(), D_);
+          finish_rows(end, j, count, room.data(), D_);
           round_rows(room.data(), D_, count, D_, dy_ + j * D_, D_);
         }
       }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cpu/gemm.h"
@@ -47,36 +48,57 @@ FASTXM_MULTIARCH void round_rows(const float* from, std::int64_t stride, std::in
       from_float(from[i * stride + j], to[i * to_stride + j]);
 }
 
-// out[i] = <x[i], dx[i]> / factor[i]
-template <class E, class Out>
-FASTXM_INLINE void inner_of(const E* x, const Out* dx, std::int64_t rows, std::int64_t depth,
-                            const float* factor, float* out) {
-  for (std::int64_t i = 0; i < rows; ++i) {
+// rnorms[i] = rsqrt(max(sum x[i]^2, 1e-12))
+template <class E>
+FASTXM_INLINE void rnorms_of(const E* x, std::int64_t rows, std::int64_t depth, float* rnorms) {
+  for (std::int64_t i = 0; i < rows; ++i, x += depth) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (std::int64_t k = 0; k < depth; ++k)
-      sum += to_float(x[i * depth + k]) * to_float(dx[i * depth + k]);
-    out[i] = sum / factor[i];
+    for (std::int64_t k = 0; k < depth; ++k) sum += to_float(x[k]) * to_float(x[k]);
+    rnorms[i] = 1 / std::sqrt(sum < 1e-12f ? 1e-12f : sum);
   }
 }
-#define FASTXM_INSTANCES(E, Out)                                                          \
-  FASTXM_MULTIARCH void inner_rows(const E* x, const Out* dx, std::int64_t rows,          \
-                                   std::int64_t depth, const float* factor, float* out) { \
-    inner_of(x, dx, rows, depth, factor, out);                                            \
-  }
-FASTXM_INSTANCES(float, float)
-FASTXM_INSTANCES(bfloat16, float)
-FASTXM_INSTANCES(bfloat16, bfloat16)
-#undef FASTXM_INSTANCES
 
-template <class E, class Out>
-void inner(const E* x, const Out* dx, std::int64_t rows, std::int64_t depth, const float* factor,
-           float* out, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (std::int64_t i = 0; i < rows; i += kTallest)
-    inner_rows(x + i * depth, dx + i * depth, std::min(kTallest, rows - i), depth, factor + i,
-               out + i);
+// What is left to do to finished rows of g y: their inner products with x to along, and the part
+// that leads along x is taken off where rows count by their directions.
+template <class E>
+struct Finish {
+  const E* x;           // [rows, depth]
+  const float* rnorms;  // [rows], or 0 where lengths count
+  float* along;         // [rows], or 0
+  std::int64_t depth;
+};
+
+constexpr float kLongest = 999999.0f;  // a longer 1 / |x| is of a row that is taken for a longer
+
+template <class E>
+FASTXM_INLINE void finish_of(const Finish<E>& f, std::int64_t first, std::int64_t rows, float* dx,
+                             std::int64_t stride) {
+  if (!f.along && !f.rnorms) return;
+  const E* x = f.x + first * f.depth;
+  for (std::int64_t i = 0; i < rows; ++i, x += f.depth, dx += stride) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t k = 0; k < f.depth; ++k) sum += to_float(x[k]) * dx[k];
+    if (f.along) f.along[first + i] = sum;
+    if (!f.rnorms || f.rnorms[first + i] > kLongest) continue;
+    const float share = sum * f.rnorms[first + i] * f.rnorms[first + i];
+#pragma omp simd
+    for (std::int64_t k = 0; k < f.depth; ++k) dx[k] -= share * to_float(x[k]);
+  }
 }
+
+#define FASTXM_INSTANCES(E)                                                                    \
+  FASTXM_MULTIARCH void rnorms(const E* x, std::int64_t rows, std::int64_t depth, float* to) { \
+    rnorms_of(x, rows, depth, to);                                                             \
+  }                                                                                            \
+  FASTXM_MULTIARCH void finish_rows(const Finish<E>& f, std::int64_t first, std::int64_t rows, \
+                                    float* dx, std::int64_t stride) {                          \
+    finish_of(f, first, rows, dx, stride);                                                     \
+  }
+FASTXM_INSTANCES(float)
+FASTXM_INSTANCES(bfloat16)
+#undef FASTXM_INSTANCES
 
 }  // namespace
 }  // namespace fastxm

@@ -1,6 +1,8 @@
 // Device code of InfoNCE: sums over logits, and what a block is made of.
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 #include "info_nce.h"
 
@@ -13,6 +15,29 @@ constexpr int kThreads = 256;
 constexpr double kNothing = -1e30;  // reference of no entries
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// of products and statistics
+template <class X>
+using Acc = std::conditional_t<std::is_same_v<X, double>, double, float>;
+
+// runs f of a value of the dtype: float32, bfloat16, float16, float64
+template <class F>
+void with_dtype(int64_t dtype, F f) {
+  if (dtype == 0)
+    f(float());
+  else if (dtype == 1)
+    f(__nv_bfloat16());
+  else if (dtype == 2)
+    f(__half());
+  else
+    f(double());
+}
+
+// 1 / |row|^2; 0 of a row that is taken for a longer one, of length 1e-6
+template <class A>
+__device__ __forceinline__ A squared(A rnorm) {
+  return rnorm > A(999999) ? A(0) : rnorm * rnorm;
+}
 
 // a reference, and over entries s: sums of e = exp(s - reference), of e s and of s, and the maximum
 template <class T>

@@ -25,8 +25,10 @@ struct InfoNceSmall {
   std::int64_t rows, columns, depth, target;
   std::uintptr_t x, y, row_factor, column_factor, row_labels, column_labels, counts;
   // loss [rows], row_stats [3, rows] and column_stats [3, columns] (0 if only rows count): results;
-  // or, where the gradients dx, dy, da and db are, the loss's cotangent and the log-sum-exps
-  std::uintptr_t loss, row_stats, column_stats, dx, dy, da, db;
+  // or, where the gradients are, the loss's cotangent and the log-sum-exps
+  std::uintptr_t loss, row_stats, column_stats;
+  // rnorms (0 where lengths count), gradients and along: see fastxm/ops/info_nce_rows.py
+  std::uintptr_t rnorms, dx, dy, along;
 };
 
 using InfoNceSmallSizes = std::array<std::int64_t, 5>;
@@ -39,5 +41,16 @@ inline InfoNceSmall info_nce_small(const InfoNceSmallSizes& s, const InfoNceSmal
 
 void info_nce_small_cuda(const InfoNceSmallSizes& sizes, const InfoNceSmallAddresses& addresses,
                          double smoothing, std::uintptr_t stream);
+
+// Rows one by one: see fastxm/ops/info_nce_rows.py. Of x [rows, depth] and y [columns, depth],
+// whose dtype, rows, columns and depth `sizes` tell: rnorms [rows + columns].
+using InfoNceRowsSizes = std::array<std::int64_t, 4>;
+void info_nce_rnorms_cuda(const InfoNceRowsSizes& sizes, std::uintptr_t x, std::uintptr_t y,
+                          std::uintptr_t rnorms, std::uintptr_t stream);
+
+// sizes: dtype of x and of the result, rows, depth, distance of the rows of dx. addresses: x, dx
+// (wide), rnorms [rows] or 0, the result, along [rows].
+void info_nce_finish_cuda(const InfoNceRowsSizes& sizes,
+                          const std::array<std::uintptr_t, 5>& addresses, std::uintptr_t stream);
 
 }  // namespace fastxm

@@ -1,13 +1,8 @@
 // InfoNCE of a small problem in one launch each way: there launches cost more than work.
-#include <type_traits>
-
 #include "info_nce.cuh"
 
 namespace fastxm {
 namespace {
-
-template <class X>
-using Acc = std::conditional_t<std::is_same_v<X, double>, double, float>;
 
 constexpr int kMost = 512;  // rows of x, and of y
 template <class A>
@@ -140,8 +135,9 @@ __device__ __forceinline__ Term<A> term(const Losses<A>& given, int side, int i,
 
 template <class X>
 struct Gradients {
-  X *dx, *dy;      // [N, D] and [M, D]
-  Acc<X>*da, *db;  // [N] and [M]
+  X *dx, *dy;            // [N, D] and [M, D]
+  const Acc<X>* rnorms;  // [N + M], or 0 where lengths count
+  Acc<X>* along;         // [N]
 };
 
 // a block owns some rows of x, or some rows of y, and their gradients
@@ -156,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int side = int(blockIdx.x) < row_blocks ? 0 : 1;
   const Side<X> s = side ? columns : rows;
   const int first = (blockIdx.x - side * row_blocks) * kOwn<A>;
-  A dfactor[kOwn<A>] = {};
+  A along[kOwn<A>] = {};  // <x[i], dx[i]>
   for (int other = 0; other < s.other_count; other += kThreads) {
     A products[kOwn<A>];
     multiply(s, first, other, tile, products);
@@ -173,20 +169,25 @@ __global__ void __launch_bounds__(kThreads, 2)
       const A d = gradient(logit, term(given, side, i, s.other_count), positive, given.smoothing) +
                   gradient(logit, theirs, positive, given.smoothing);
       ds[j][r] = d * both;
-      dfactor[r] += d * s.other_factor[j] * products[r];
+      along[r] += d * logit;
     }
   }
   __syncthreads();
 #pragma unroll
-  for (int r = 0; r < kOwn<A>; ++r) tile.others[r][threadIdx.x] = dfactor[r];
+  for (int r = 0; r < kOwn<A>; ++r) tile.others[r][threadIdx.x] = along[r];
   __syncthreads();
   const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     for (int k = lane; k < half; k += kLanes) tile.others[row][k] += tile.others[row][k + half];
     __syncthreads();
   }
-  if (lane == 0 && first + row < s.own_count)
-    (side ? out.db : out.da)[first + row] = tile.others[row][0];
+  if (side == 0 && lane == 0 && first + row < s.own_count)
+    out.along[first + row] = tile.others[row][0];
+#pragma unroll
+  for (int r = 0; r < kOwn<A>; ++r)
+    along[r] = out.rnorms && first + r < s.own_count
+                   ? tile.others[r][0] * squared(out.rnorms[side * rows.own_count + first + r])
+                   : A(0);
   for (int d = threadIdx.x; d < s.depth; d += kThreads) {
     A sum[kOwn<A>] = {};
 #pragma unroll 16
@@ -197,8 +198,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll
     for (int r = 0; r < kOwn<A>; ++r)
-      if (first + r < s.own_count)
-        from_float(sum[r], (side ? out.dy : out.dx)[int64_t(first + r) * s.depth + d]);
+      if (first + r < s.own_count) {
+        const int64_t at = int64_t(first + r) * s.depth + d;
+        if (out.rnorms) sum[r] -= along[r] * to_float(s.own[at]);
+        from_float(sum[r], (side ? out.dy : out.dx)[at]);
+      }
   }
 }
 
@@ -218,7 +222,8 @@ void run(const InfoNceSmall& p, double smoothing, cudaStream_t stream) {
   if (!p.dy)
     return launch("info_nce_small_fwd", small_fwd_kernel<X>, row_blocks, kThreads, stream, rows,
                   columns, losses);
-  const Gradients<X> out = {pointer<X>(p.dx), pointer<X>(p.dy), pointer<A>(p.da), pointer<A>(p.db)};
+  const Gradients<X> out = {pointer<X>(p.dx), pointer<X>(p.dy), pointer<const A>(p.rnorms),
+                            pointer<A>(p.along)};
   launch("info_nce_small_bwd", small_bwd_kernel<X>, row_blocks + column_blocks, kThreads, stream,
          rows, columns, losses, out, row_blocks);
 }
@@ -231,14 +236,7 @@ void info_nce_small_cuda(const InfoNceSmallSizes& sizes, const InfoNceSmallAddre
   const auto stream = reinterpret_cast<cudaStream_t>(stream_);
   if (p.columns > kMost || p.rows > p.columns || p.depth < 1)
     throw std::invalid_argument("info_nce: no small problem");
-  if (p.dtype == 0)
-    run<float>(p, smoothing, stream);
-  else if (p.dtype == 1)
-    run<__nv_bfloat16>(p, smoothing, stream);
-  else if (p.dtype == 2)
-    run<__half>(p, smoothing, stream);
-  else
-    run<double>(p, smoothing, stream);
+  with_dtype(p.dtype, [&](auto element) { run<decltype(element)>(p, smoothing, stream); });
 }
 
 }  // namespace fastxm

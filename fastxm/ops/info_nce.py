@@ -11,8 +11,7 @@ the rows and w of the columns (both dloss / 2 if symmetric, else dloss and 0):
     ds[i, j] = v[i] (exp(s[i, j] - lse[i]) - q[i, j])
              + w[j] (exp(s[i, j] - column_lse[j]) - q[j, i])
     q[i, j] = (1 - e) 1[j = t(i)] + e / count[i]
-    g[i, j] = a[i] b[j] ds[i, j]        dx = g y       da[i] = <x[i], dx[i]> / a[i]
-                                        dy = gᵀ x      db[j] = <y[j], dy[j]> / b[j]
+    g[i, j] = a[i] b[j] ds[i, j]        dx = g y, dy = gᵀ x, and more by rows (`info_nce_rows`)
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch, info_nce_op
-from fastxm.ops.info_nce_op import rnorm, store
+from fastxm.ops.info_nce_op import store
 from fastxm.ops.info_nce_ranks import across_ranks
 from fastxm.ops.scalar import scalar
 
@@ -84,13 +83,13 @@ def info_nce(
     Source: van den Oord et al. 2018, eq. 4; Radford et al. 2021 (symmetric, learned scale).
     """
     _check(x, y, labels, symmetric or group is not None, label_smoothing, offset, reduction)
-    a, b = _factors(x, y, logit_scale, normalize)
+    scale = scalar("logit_scale", logit_scale, dispatch.wide_dtype(x, y), x.device)
     budget = stored_bytes if torch.is_grad_enabled() else 0
-    given = (x, y, a, b, labels, symmetric, label_smoothing)
+    given = (x, y, scale, normalize, labels, symmetric, label_smoothing)
     if group is not None:
         losses, statistics, rows = across_ranks(*given, group, budget)
     else:
-        losses, *statistics, _ = info_nce_op.losses(
+        losses, *statistics = info_nce_op.losses(
             *given, offset, store(x, y, budget), return_metrics
         )
         rows = len(x)
@@ -100,20 +99,6 @@ def info_nce(
         loss = losses if reduction == "none" else losses.sum()
         loss = loss / rows if reduction == "mean" else loss
     return (loss, _metrics(*statistics[: 1 + symmetric])) if return_metrics else loss
-
-
-def _factors(x: Tensor, y: Tensor, scale: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """a [N] and b [M], of which the logits are the products times a and b."""
-    dtype = dispatch.wide_dtype(x, y)
-    if isinstance(scale, Tensor):
-        scale = scalar("logit_scale", scale, dtype, x.device)
-    if not normalize:
-        if isinstance(scale, Tensor):
-            a = scale.expand(x.shape[0])
-        else:
-            a = x.new_full((1,), scale, dtype=dtype).expand(len(x))
-        return a, y.new_ones(1, dtype=dtype).expand(len(y))
-    return rnorm(x, dtype) * scale, rnorm(y, dtype)
 
 
 def _metrics(*statistics: Tensor) -> Metrics:

@@ -15,11 +15,13 @@ from torch import Tensor
 from fastxm import _C
 from fastxm.ops import dispatch, gemm
 from fastxm.ops.gemm import stream
+from fastxm.ops.info_nce_rows import finish, rnorms
 from fastxm.ops.info_nce_sums import backward, forward, new_sums
+
+__all__ = ["bwd", "finish", "fwd", "gradients", "rnorms", "sums"]
 
 BLOCK = 16 << 20  # bytes of a block
 LAUNCH = 8  # on a GPU as many of them, so that its work outlasts a launch
-TINY = 1e-18  # stands for a factor of 0: gradients are divided by it, and stay exact
 
 
 class _Logits:
@@ -29,7 +31,7 @@ class _Logits:
         self.x, self.y = gemm.operands(x, y)
         self.half = self.x.dtype == torch.bfloat16
         self.wide = torch.promote_types(self.x.dtype, torch.float32)
-        self.a, self.b = (f.to(self.wide).masked_fill(f == 0, TINY) for f in (a, b))
+        self.a, self.b = (f.to(self.wide).contiguous() for f in (a, b))
         self.row_labels, self.labels = (
             None if which is None else which.long().contiguous() for which in (row_labels, labels)
         )
@@ -97,10 +99,9 @@ def sums(x, y, a, b, row_labels, labels, offset, stored, count=4) -> tuple[Tenso
 
 
 def gradients(
-    row, column, x, y, a, b, row_labels, labels, offset, smoothing, kept, of_b=True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dy, da and db (empty unless `of_b`) of any rows x and y, as `sums` takes them, not
-    rounded yet.
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, kept
+) -> tuple[Tensor, Tensor]:
+    """dx = g y and dy = gᵀ x of any rows x and y, as `sums` takes them, not rounded yet.
 
     row [3, N], column [3, M] or None: `terms`. kept: products that `sums` stored, or none.
     """
@@ -110,7 +111,8 @@ def gradients(
     of_x, of_y = (
         t.to(logits.wide) if t.dtype == torch.float16 else t for t in (logits.x, logits.y)
     )
-    dx, dy = torch.empty_like(of_x), of_y.new_zeros(of_y.shape, dtype=logits.wide)
+    dx = of_x.new_empty(of_x.shape, dtype=logits.wide)
+    dy = of_y.new_zeros(of_y.shape, dtype=logits.wide)
     blocks, room = logits.room(of_x.dtype)
     products = kept
     if not ready:
@@ -125,20 +127,10 @@ def gradients(
             *(row[:, here].data_ptr(), N, 0 if column is None else column.data_ptr()),
             *(smoothing, logits.half, ds.data_ptr()),
         )
-        torch.mm(ds, of_y, out=dx[here])
+        gemm.multiply(ds, of_y, dx[here])
         gemm.accumulate(dy, ds.T, of_x[here])
-    da = inner(logits.x, dx) / logits.a
-    db = inner(logits.y, dy) / logits.b if of_b else logits.b.new_empty(0)
     D = x.shape[1]
-    return dx[:, :D], dy[:, :D], da, db
+    return dx[:, :D], dy[:, :D]
 
 
-def inner(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products of rows, wide, a few rows at a time."""
-    some = 1 << 14 if x.is_cuda else 1024
-    parts = zip(x.split(some), y.split(some))
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return torch.cat([torch.linalg.vecdot(p.to(wide), q.to(wide)) for p, q in parts])
-
-
-fwd, bwd = partial(forward, sums), partial(backward, gradients)
+fwd, bwd = partial(forward, sums), partial(backward, gradients, finish)

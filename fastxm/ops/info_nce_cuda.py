@@ -12,9 +12,9 @@ from fastxm import _C
 from fastxm.ops import dispatch
 from fastxm.ops import info_nce_blocks as blocks
 from fastxm.ops.info_nce_blocks import gradients, sums
-from fastxm.ops.info_nce_sums import Forward, candidates
+from fastxm.ops.info_nce_sums import Forward, backward, candidates
 
-__all__ = ["bwd", "fwd", "gradients", "sums"]
+__all__ = ["bwd", "finish", "fwd", "gradients", "rnorms", "sums"]
 SMALL = 512  # rows of y, and features: what the kernel has room for, and what is worth it
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -35,18 +35,43 @@ def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) 
 
 
 def bwd(
-    dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric, smoothing, offset, of_b
-) -> tuple[Tensor, ...]:
+    dloss, x, y, a, b, rnorms, labels, row_lse, column_lse, kept, symmetric, smoothing, offset
+) -> tuple[Tensor, Tensor, Tensor]:
     if len(kept) or not small(x, y):
-        given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset, of_b)
-        return blocks.bwd(dloss, x, y, a, b, *given)
+        given = (rnorms, labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
+        return backward(gradients, finish, dloss, x, y, a, b, *given)
     inputs = _inputs(x, y, a, b, labels, smoothing, offset)
     wide = inputs[2].dtype
     dloss, row_lse, column_lse = (t.to(wide).contiguous() for t in (dloss, row_lse, column_lse))
-    grads = [torch.empty_like(t) for t in inputs[:4]]
-    launch(inputs, offset, smoothing, dloss, row_lse, column_lse if symmetric else None, *grads)
-    dx, dy, da, db = (grad.to(t.dtype) for grad, t in zip(grads, (x, y, a, b)))
-    return dx, dy, da, db if of_b else db.new_empty(0)
+    grads = [torch.empty_like(t) for t in inputs[:3]]
+    lses = row_lse, column_lse if symmetric else None
+    launch(inputs, offset, smoothing, dloss, *lses, rnorms, *grads)
+    dx, dy, along = grads
+    return dx.to(x.dtype), dy.to(y.dtype), along
+
+
+def rnorms(x: Tensor, y: Tensor) -> Tensor:
+    """As `info_nce_rows.rnorms`, in one launch."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = (t.to(dtype).contiguous() for t in (x, y))
+    out = x.new_empty(len(x) + len(y), dtype=dispatch.wide_dtype(x))
+    sizes, addresses = (DTYPES[dtype], len(x), *y.shape), (t.data_ptr() for t in (x, y, out))
+    with torch.cuda.device_of(x):
+        _C.info_nce_rnorms_cuda(sizes, *addresses, blocks.stream(x))
+    return out
+
+
+def finish(x: Tensor, dx: Tensor, rnorm: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `info_nce_rows.finish`, in one launch."""
+    along, dtype = dx.new_empty(len(x)), x.dtype
+    x = x.to(dx.dtype if dx.dtype == torch.float64 else dtype).contiguous()
+    out, sizes = torch.empty_like(x), (DTYPES[x.dtype], *x.shape, dx.stride(0))
+    tensors = (x, dx, rnorm, out, along)
+    with torch.cuda.device_of(x):
+        _C.info_nce_finish_cuda(
+            sizes, tuple(0 if t is None else t.data_ptr() for t in tensors), blocks.stream(x)
+        )
+    return out.to(dtype), along
 
 
 def _inputs(x, y, a, b, labels, smoothing, offset) -> tuple:
@@ -63,7 +88,8 @@ def _inputs(x, y, a, b, labels, smoothing, offset) -> tuple:
 
 
 def launch(inputs: tuple, offset: int, smoothing: float, *more: Tensor | None) -> None:
-    """The one kernel of a pass. more: loss and statistics; or their cotangents, and gradients."""
+    """The one kernel of a pass. more: loss and statistics; or their cotangents, `rnorms`, and
+    gradients."""
     x, y = inputs[:2]
     sizes = (DTYPES[x.dtype], len(x), len(y), x.shape[1], offset)
     addresses = [0 if t is None else t.data_ptr() for t in (*inputs, *more)]

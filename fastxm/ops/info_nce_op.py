@@ -1,5 +1,6 @@
 """InfoNCE as one op of PyTorch: which backend runs, what is kept, and autograd."""
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastxm.ops import dispatch
 from fastxm.ops import info_nce_cuda as cuda
 from fastxm.ops import info_nce_reference as reference
+from fastxm.ops import info_nce_rows as rows
 from fastxm.ops import info_nce_tiles as tiles
 from fastxm.ops import info_nce_triton as triton
 from fastxm.ops.eager import eager
@@ -48,35 +50,44 @@ def backend(x: Tensor, y: Tensor) -> Any:
     return BACKENDS[dispatch.choose("info_nce", device, auto, offered)]
 
 
-def rnorm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What makes the rows of x [N, D] unit rows, rsqrt(max(sum x^2, 1e-12)): [N], of a dtype."""
-    return x.to(dtype).square().sum(-1).clamp_min(1e-12).rsqrt()
+def _without_autocast(f: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(f)
+    def run(x: Tensor, *inputs: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return f(x, *inputs)
+        with torch.autocast(x.device.type, enabled=False):
+            return f(x, *inputs)
+
+    return run
 
 
-def _losses(x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None, symmetric: bool,
-            smoothing: float, offset: int, stored: bool, metrics: bool = True,
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Losses [N], statistics of rows [3, N] and of columns [3, M] (or [3, 0]), kept products.
+@_without_autocast
+def _losses(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, labels: Tensor | None,
+            symmetric: bool, smoothing: float, offset: int, stored: bool, metrics: bool = True,
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses [N], statistics of rows [3, N] and of columns [3, M] (or [3, 0]), kept products, and
+    `rnorms` if normalize, else [0].
 
     Without metrics only the log-sum-exps of the statistics mean anything.
     """
-    given = (x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics)
-    return _without_autocast(backend(x, y).fwd, x.device.type, given)
+    ways = backend(x, y)
+    rnorms = ways.rnorms(x, y) if normalize else None
+    factors = rows.factors(x, y, scale, rnorms)
+    found = ways.fwd(x, y, *factors, labels, symmetric, smoothing, offset, stored, metrics)
+    return (*found, scale.new_empty(0) if rnorms is None else rnorms)
 
 
-def _gradients(dloss: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, labels: Tensor | None,
-         row_lse: Tensor, column_lse: Tensor, kept: Tensor, symmetric: bool, smoothing: float,
-         offset: int, of_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dy, da, and db or, unless it is wanted, an empty tensor."""
-    given = (dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
-    return _without_autocast(backend(x, y).bwd, x.device.type, (*given, of_b))
-
-
-def _without_autocast(f: Callable[..., Any], device: str, given: tuple) -> Any:
-    if not torch.is_autocast_enabled(device):
-        return f(*given)
-    with torch.autocast(device, enabled=False):
-        return f(*given)
+@_without_autocast
+def _gradients(dloss: Tensor, x: Tensor, y: Tensor, scale: Tensor, rnorms: Tensor,
+               labels: Tensor | None, row_lse: Tensor, column_lse: Tensor, kept: Tensor,
+               symmetric: bool, smoothing: float, offset: int,
+               ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dy and dscale."""
+    scale, normalized = rows.not_zero(scale), rnorms if len(rnorms) else None
+    factors = rows.factors(x, y, scale, normalized)
+    given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
+    dx, dy, along = backend(x, y).bwd(dloss, x, y, *factors, normalized, *given)
+    return dx, dy, along.sum() / scale
 
 
 losses_of = torch.library.custom_op("fastxm::info_nce_fwd", _losses, mutates_args=())
@@ -84,23 +95,22 @@ gradients_of = torch.library.custom_op("fastxm::info_nce_bwd", _gradients, mutat
 
 
 @losses_of.register_fake
-def _(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True):
+def _(x, y, scale, normalize, labels, symmetric, smoothing, offset, stored, metrics=True):
     (N, M), tiled = (len(x), len(y)), backend(x, y) is tiles and tiles.fits(x, y)
-    kept = tiles.kept(x, y, stored) if tiled else a.new_empty(N if stored else 0, M)
+    new = scale.new_empty
+    kept = tiles.kept(x, y, stored) if tiled else new(N if stored else 0, M)
     shapes = ((N,), (3, N), (3, M if symmetric else 0))
-    return (*(a.new_empty(shape) for shape in shapes), kept)
+    return (*(new(shape) for shape in shapes), kept, new(N + M if normalize else 0))
 
 
 @gradients_of.register_fake
-def _(dloss, x, y, a, b, *options):
-    *_, of_b = options
-    return (*(t.new_empty(t.shape) for t in (x, y, a)), b.new_empty(len(b) if of_b else 0))
+def _(dloss, x, y, scale, *options):
+    return tuple(t.new_empty(t.shape) for t in (x, y, scale))
 
 
 def _save(ctx, inputs, output):
-    x, y, a, b, labels, *ctx.options = inputs
-    _, row_stats, column_stats, kept = output
-    ctx.save_for_backward(x, y, a, b, labels, row_stats, column_stats, kept)
+    x, y, scale, ctx.normalize, labels, *ctx.options = inputs
+    ctx.save_for_backward(x, y, scale, labels, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # of what is kept, which is large
 
@@ -108,16 +118,14 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dloss, *_, gradients=gradients_of):
     if dloss is None:
         return (None,) * len(ctx.needs_input_grad)
-    *inputs, row_stats, column_stats, kept = ctx.saved_tensors
-    *options, _stored, _metrics = ctx.options
-    of_b = ctx.needs_input_grad[3]
+    x, y, scale, labels, row_stats, column_stats, kept, rnorms = ctx.saved_tensors
+    options = ctx.options[:3]  # symmetric, smoothing, offset
     if torch.is_grad_enabled():
-        grads = reference.differentiable_bwd(dloss, *inputs, *options)
+        grads = reference.differentiable_bwd(dloss, x, y, scale, ctx.normalize, labels, *options)
     else:
         lses = row_stats[0], column_stats[0]
-        *grads, db = gradients(dloss, *inputs, *lses, kept, *options, of_b)
-        grads.append(db if of_b else None)
-    return (*grads, *(None,) * (len(ctx.options) + 1))
+        grads = gradients(dloss, x, y, scale, rnorms, labels, *lses, kept, *options)
+    return (*grads, *(None,) * (len(ctx.options) + 2))
 
 
 losses_of.register_autograd(_backward, setup_context=_save)

@@ -8,6 +8,7 @@ Collective calls: no graph of torch.compile holds them (there is a graph break),
 must run the backward, or none.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,12 @@ from fastxm.ops import info_nce_op, ring
 from fastxm.ops import info_nce_reference as reference
 from fastxm.ops.dispatch import vjp, wide
 from fastxm.ops.distributed import gather_rows, row_counts
+from fastxm.ops.info_nce_rows import factors, factors_of, finish_both, not_zero
 from fastxm.ops.info_nce_sums import candidates, finish, join, terms
 
 
 class Options(NamedTuple):
+    normalize: bool
     labels: Tensor | None  # [N], of this rank
     symmetric: bool
     smoothing: float
@@ -50,14 +53,15 @@ class Options(NamedTuple):
 
 
 @torch.compiler.disable
-def across_ranks(x, y, a, b, labels, symmetric, smoothing, group, budget):
+def across_ranks(x, y, scale, normalize, labels, symmetric, smoothing, group, budget):
     """Losses and statistics of this rank's rows among those of all, and how many a rank has."""
     counts = row_counts(len(x), x.device, group)
     labels = None if labels is None else labels.long()
-    options = Options(labels, symmetric, smoothing, budget // len(counts), counts, group)
+    budget //= len(counts)
+    options = Options(normalize, labels, symmetric, smoothing, budget, counts, group)
     # under autocast as everywhere: products are taken in the dtype of the rows
     with torch.autocast(x.device.type, enabled=False):
-        losses, *statistics = _Ranks.apply(x, y, a, b, options)
+        losses, *statistics = _Ranks.apply(x, y, scale, options)
     return losses, statistics, sum(counts) / len(counts)
 
 
@@ -82,25 +86,26 @@ def _sums(x, y, a, b, o: Options) -> tuple[Tensor, Tensor | None, list[Tensor]]:
 
 
 def _gradients(row, column, x, y, a, b, kept, o: Options) -> tuple[Tensor, ...]:
-    """dx, dy, da and db of this rank's rows, from its terms [3, N]."""
+    """g y and gᵀ x of this rank's rows, from its terms [3, N]."""
     backend, kept = info_nce_op.backend(x, y), iter(kept)
-    dx, da = torch.zeros_like(wide(x)[0]), torch.zeros_like(a)
+    dx = torch.zeros_like(wide(x)[0])
 
     def visit(chunk, own):
         y, b, column, *labels = chunk
         where = (o.labels, *(labels or [None]), 0 if own else len(y))
         column = column.T.contiguous() if o.symmetric else None
         given = (row, column, x, y, a, b, *where, o.smoothing, next(kept))
-        more_dx, dy, more_da, db = backend.gradients(*given)
-        dx.add_(more_dx), da.add_(more_da)
-        return [dy.to(dx.dtype), db]
+        more, dy = backend.gradients(*given)
+        dx.add_(more)
+        return [dy.to(dx.dtype)]
 
-    dy, db = o.turn((y, b, column.T), visit, torch.add)
-    return dx.to(x.dtype), dy.to(y.dtype), da, db
+    (dy,) = o.turn((y, b, column.T), visit, torch.add)
+    return dx, dy
 
 
-def _formula(x, y, a, b, o: Options) -> Tensor:
+def _formula(o: Options, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """The losses from rows that are gathered: differentiable to any order, and not in O(N D)."""
+    a, b = factors_of(x, y, scale, o.normalize)
     all_x, all_y, all_a, all_b = (gather_rows(t, o.counts, o.group) for t in (x, y, a, b))
     labels = None if o.labels is None else gather_rows(o.labels, o.counts, o.group)
     options = (labels, False, o.smoothing, o.start, False)
@@ -112,26 +117,31 @@ def _formula(x, y, a, b, o: Options) -> Tensor:
 
 class _Ranks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, y, a, b, options: Options) -> tuple[Tensor, ...]:
-        rows, columns, kept = _sums(x, y, a, b, options)
+    def forward(ctx: Any, x, y, scale, options: Options) -> tuple[Tensor, ...]:
+        rnorms = info_nce_op.backend(x, y).rnorms(x, y) if options.normalize else None
+        rows, columns, kept = _sums(x, y, *factors(x, y, scale, rnorms), options)
         count = options.candidates()
         losses, row_stats = finish(rows[:5], rows[5], options.smoothing, count)
         column_stats = rows.new_empty(3, 0)
         if columns is not None:
             other, column_stats = finish(columns, rows[5], options.smoothing, count)
             losses = (losses + other) / 2
-        ctx.save_for_backward(x, y, a, b, row_stats, column_stats, *kept)
+        ctx.save_for_backward(x, y, scale, rnorms, row_stats, column_stats, *kept)
         ctx.options, ctx.count = options, count
         ctx.mark_non_differentiable(row_stats, column_stats)
         return losses, row_stats, column_stats
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, y, a, b, row_stats, column_stats, *kept = ctx.saved_tensors
+        x, y, scale, rnorms, row_stats, column_stats, *kept = ctx.saved_tensors
         o, count = ctx.options, ctx.count
         if torch.is_grad_enabled():
-            return (*vjp(lambda x, y, a, b: _formula(x, y, a, b, o), (x, y, a, b), (dloss,)), None)
+            return (*vjp(partial(_formula, o), (x, y, scale), (dloss,)), None)
         weight = dloss / 2 if o.symmetric else dloss
         row = terms(row_stats[0], weight, o.smoothing, count)
         column = terms(column_stats[0], weight, o.smoothing, count) if o.symmetric else row[:0]
-        return (*_gradients(row, column, x, y, a, b, kept, o), None)
+        scale = not_zero(scale)
+        dx, dy = _gradients(row, column, x, y, *factors(x, y, scale, rnorms), kept, o)
+        by = info_nce_op.backend(x, y).finish
+        dx, dy, along = finish_both(by, x, y, dx, dy, rnorms)
+        return dx, dy, along.sum() / scale, None

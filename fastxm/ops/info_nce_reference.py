@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from fastxm.ops.dispatch import vjp, wide
+from fastxm.ops.info_nce_rows import factors_of, finish, rnorms
 from fastxm.ops.info_nce_sums import Forward, backward, new_sums
+
+__all__ = ["bwd", "differentiable_bwd", "finish", "fwd", "gradients", "rnorms", "sums"]
 
 
 def _logits(x, y, a, b, row_labels, labels, offset) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,11 +49,15 @@ def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) 
 
 
 def differentiable_bwd(
-    dloss, x, y, a, b, labels, symmetric, smoothing, offset
+    dloss, x, y, scale, normalize, labels, symmetric, smoothing, offset
 ) -> list[Tensor | None]:
     """The gradients as the formula's own, which can be differentiated again."""
-    options = (labels, symmetric, smoothing, offset, False)
-    return vjp(lambda x, y, a, b: fwd(x, y, a, b, *options)[0], (x, y, a, b), (dloss,))
+
+    def formula(x, y, scale):
+        a, b = factors_of(x, y, scale, normalize)
+        return fwd(x, y, a, b, labels, symmetric, smoothing, offset, False)[0]
+
+    return vjp(formula, (x, y, scale), (dloss,))
 
 
 def sums(x, y, a, b, row_labels, labels, offset, stored, count=4) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,8 +80,8 @@ def _sums(s: Tensor, keep: Tensor, dim: int) -> Tensor:
 
 
 def gradients(
-    row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept, of_b=True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept
+) -> tuple[Tensor, Tensor]:
     x, y = wide(x, y)
     s, keep, positive = _logits(x, y, a, b, row_labels, labels, offset)
 
@@ -84,9 +91,8 @@ def gradients(
     ds = of(*row[:, :, None])
     if column is not None:
         ds = ds + of(*column)
-    products, g = x @ y.T, ds * a[:, None] * b
-    da, db = (ds * b * products).sum(1), (ds * a[:, None] * products).sum(0)
-    return g @ y, g.T @ x, da, db if of_b else db.new_empty(0)
+    g = ds * a[:, None] * b
+    return g @ y, g.T @ x
 
 
-bwd = partial(backward, gradients)
+bwd = partial(backward, gradients, finish)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastxm.ops.info_nce_rows import finish_both
+
 Forward = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, row_stats, column_stats, kept products
 
 
@@ -69,14 +71,15 @@ def forward(
 
 
 def backward(
-    gradients: Callable, dloss, x, y, a, b, labels, row_lse, column_lse, kept, symmetric,
-    smoothing, offset, of_b
-) -> tuple[Tensor, ...]:  # fmt: skip
+    gradients: Callable, finish: Callable, dloss, x, y, a, b, rnorms, labels, row_lse, column_lse,
+    kept, symmetric, smoothing, offset
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dy, and along of x (see info_nce_rows)."""
     N, M = len(x), len(y)
     own = None if labels is None else labels[offset : offset + N]
     count = candidates(labels, N, M, offset) if smoothing else 1
     weight = dloss / 2 if symmetric else dloss
     row = terms(row_lse, weight, smoothing, count)
     column = terms(column_lse, weight, smoothing, count) if symmetric else None
-    grads = gradients(row, column, x, y, a, b, own, labels, offset, smoothing, kept, of_b)
-    return tuple(grad.to(t.dtype).contiguous() for grad, t in zip(grads, (x, y, a, b)))
+    dx, dy = gradients(row, column, x, y, a, b, own, labels, offset, smoothing, kept)
+    return finish_both(finish, x, y, dx, dy, rnorms)

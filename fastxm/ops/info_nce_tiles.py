@@ -13,7 +13,10 @@ from torch import Tensor
 from fastxm import _C
 from fastxm.ops import dispatch, gemm
 from fastxm.ops import info_nce_blocks as blocks
+from fastxm.ops.info_nce_rows import finish
 from fastxm.ops.info_nce_sums import Forward, candidates
+
+__all__ = ["bwd", "finish", "fwd", "gradients", "rnorms", "sums"]
 
 WORKSPACE = 24 << 20  # bytes that sums of rows, or exponentials, may take
 COLUMNS, *KEPT = _C.info_nce_kept_cpu()  # of a tile; its rows and bytes, float32 and bfloat16
@@ -47,16 +50,28 @@ def sums(x, y, a, b, row_labels, labels, offset, stored, count=4) -> tuple[Tenso
 
 
 def gradients(
-    row, column, x, y, a, b, row_labels, labels, offset, smoothing, tiles, of_b=True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, tiles
+) -> tuple[Tensor, Tensor]:
     """As `info_nce_blocks.gradients`."""
     if not fits(x, y):
-        given = (x, y, a, b, row_labels, labels, offset, smoothing, tiles, of_b)
+        given = (x, y, a, b, row_labels, labels, offset, smoothing, tiles)
         return blocks.gradients(row, column, *given)
     problem = _Problem(x, y, a, b, row_labels, labels, offset, tiles)
     row, column = row.contiguous(), None if column is None else column.contiguous()
     terms = (row.data_ptr(), 0 if column is None else column.data_ptr())
-    return problem.gradients("sums_bwd", of_b, terms, smoothing)
+    return problem.gradients("sums_bwd", torch.float32, terms, (), smoothing)
+
+
+def rnorms(x: Tensor, y: Tensor) -> Tensor:
+    """As `info_nce_rows.rnorms`."""
+    if not fits(x, y):
+        return blocks.rnorms(x, y)
+    x, y = gemm.operands(x, y)
+    (N, depth), M = x.shape, y.shape[0]
+    out = x.new_empty(N + M, dtype=torch.float32)
+    sizes = (x.dtype == torch.bfloat16, N, M, depth)
+    _C.info_nce_rnorms_cpu(sizes, x.data_ptr(), y.data_ptr(), out.data_ptr(), dispatch.threads())
+    return out
 
 
 def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) -> Forward:
@@ -72,20 +87,21 @@ def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) 
 
 
 def bwd(
-    dloss, x, y, a, b, labels, row_lse, column_lse, tiles, symmetric, smoothing, offset, of_b
-) -> tuple[Tensor, ...]:
+    dloss, x, y, a, b, rnorms, labels, row_lse, column_lse, tiles, symmetric, smoothing, offset
+) -> tuple[Tensor, Tensor, Tensor]:
     if not fits(x, y):
-        options = (tiles, symmetric, smoothing, offset, of_b)
-        return blocks.bwd(dloss, x, y, a, b, labels, row_lse, column_lse, *options)
+        options = (tiles, symmetric, smoothing, offset)
+        return blocks.bwd(dloss, x, y, a, b, rnorms, labels, row_lse, column_lse, *options)
     N, M = x.shape[0], y.shape[0]
     problem = _Problem(x, y, a, b, _own(labels, N, offset), labels, offset, tiles)
     lses = (row_lse.data_ptr(), column_lse.data_ptr() if symmetric else 0)
-    given = (dloss.data_ptr(), dloss.stride(0), *lses)
+    terms = (dloss.data_ptr(), dloss.stride(0), *lses)
     count = _counts(labels, smoothing, N, M, offset)
-    grads = problem.gradients(
-        "losses_bwd", of_b, given, smoothing, 0 if count is None else count.data_ptr()
-    )
-    return tuple(grad.to(t.dtype).contiguous() for grad, t in zip(grads, (x, y, a, b)))
+    along = a.new_empty(N)
+    more = (0 if rnorms is None else rnorms.data_ptr(), along.data_ptr())
+    address = 0 if count is None else count.data_ptr()
+    dx, dy = problem.gradients("losses_bwd", problem.x.dtype, terms, more, smoothing, address)
+    return dx.to(x.dtype).contiguous(), dy.to(y.dtype).contiguous(), along
 
 
 def _own(labels: Tensor | None, N: int, offset: int) -> Tensor | None:
@@ -121,14 +137,8 @@ class _Problem:
         native(*self.given, *arguments, WORKSPACE, dispatch.threads())
 
     def gradients(
-        self, part: str, of_b: bool, terms: tuple, *options
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dtype = torch.float32 if part == "sums_bwd" else self.x.dtype
+        self, part: str, dtype: torch.dtype, terms: tuple, more: tuple, *options
+    ) -> tuple[Tensor, Tensor]:
         dx, dy = (torch.empty_like(t, dtype=dtype) for t in (self.x, self.y))
-        da, b = torch.empty_like(self.factors[0]), self.factors[1]
-        db = torch.empty_like(b) if of_b else b.new_empty(0)
-        addresses = (dx.data_ptr(), dy.data_ptr(), da.data_ptr(), db.data_ptr() if of_b else 0)
-        self.run(part, *terms, addresses, *options)
-        if self.features < dx.shape[1]:
-            dx, dy = dx[:, : self.features], dy[:, : self.features]
-        return dx, dy, da, db
+        self.run(part, *terms, (dx.data_ptr(), dy.data_ptr(), *more), *options)
+        return dx[:, : self.features], dy[:, : self.features]

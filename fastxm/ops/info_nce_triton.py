@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from fastxm.ops import gemm
 from fastxm.ops.dispatch import interpreting
-from fastxm.ops.info_nce_blocks import TINY, inner
 from fastxm.ops.info_nce_sums import Forward, backward, forward, new_sums
 
 BAND = 16384  # rows, of each 16 or 32 of which the columns have sums of their own
@@ -28,10 +27,9 @@ def _inputs(x, y, a, b, row_labels, labels) -> tuple[Tensor | None, ...]:
     dtype, short = torch.promote_types(x.dtype, y.dtype), -x.shape[1] % 16
     rows = (F.pad(t.to(dtype), (0, short)) if short else t.to(dtype).contiguous() for t in (x, y))
     if len(a) and len(b) and a.stride(0) == b.stride(0) == 0:
-        a, b = a[:1].float() * b[:1].float(), None
-        factors = [a.masked_fill(a == 0, TINY), None]
+        factors = [a[:1].float() * b[:1].float(), None]
     else:
-        factors = [f.float().masked_fill(f == 0, TINY).contiguous() for f in (a, b)]
+        factors = [f.float().contiguous() for f in (a, b)]
     if labels is None:
         return (*rows, *factors, None, None)
     labels = torch.cat([row_labels, labels]).long()
@@ -74,11 +72,11 @@ def sums(
 
 
 def gradients(
-    row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept, of_b=True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row, column, x, y, a, b, row_labels, labels, offset, smoothing, _kept
+) -> tuple[Tensor, Tensor]:
     """As `info_nce_blocks.gradients`."""
     gradient = importlib.import_module("fastxm.kernels.info_nce_gradient").gradient
-    D, of_rows, of_columns = x.shape[1], a, b if of_b else None
+    D = x.shape[1]
     x, y, a, b, row_labels, labels = _inputs(x, y, a, b, row_labels, labels)
     of_x, of_y = (t.float() if t.dtype == torch.float16 else t for t in (x, y))
     N, M = len(x), len(y)
@@ -103,8 +101,27 @@ def gradients(
                 gemm.accumulate(dy, g.T, of_x[here])
             else:
                 gemm.multiply(g.T, of_x[here], dy)
-    db = of_rows.new_empty(0) if of_columns is None else inner(y, dy) / of_columns
-    return dx[:, :D], dy[:, :D], inner(x, dx) / of_rows, db
+    return dx[:, :D], dy[:, :D]
+
+
+def rnorms(x: Tensor, y: Tensor) -> Tensor:
+    """As `info_nce_rows.rnorms`."""
+    kernels = importlib.import_module("fastxm.kernels.info_nce_rows")
+    out = x.new_empty(len(x) + len(y), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        for rows, of in zip((x, y), out.split([len(x), len(y)])):
+            kernels.rnorms(rows.contiguous(), of)
+    return out
+
+
+def finish(x: Tensor, dx: Tensor, rnorm: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `info_nce_rows.finish`."""
+    kernels = importlib.import_module("fastxm.kernels.info_nce_rows")
+    x = x.contiguous()
+    out, along = torch.empty_like(x), dx.new_empty(len(x))
+    with torch.cuda.device_of(x):
+        kernels.finish(x, dx, rnorm, out, along)
+    return out, along
 
 
 def _weights(row, column, factor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -125,4 +142,4 @@ def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) 
     return forward(needed, x, y, a, b, labels, symmetric, smoothing, offset, stored)
 
 
-bwd = partial(backward, gradients)
+bwd = partial(backward, gradients, finish)

@@ -8,10 +8,13 @@ those of both. So half of the products are taken: x with y, where the positives 
 diagonal, and of each view its first half with its second, and so on with the halves of those.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch, info_nce_op
+from fastxm.ops.info_nce_rows import not_zero
 from fastxm.ops.info_nce_sums import finish, join, new_sums, terms
 from fastxm.ops.scalar import scalar
 
@@ -44,9 +47,8 @@ def info_nce_views(
     if not x.is_floating_point() or not y.is_floating_point():
         raise TypeError(f"info_nce_views needs floating tensors, not {x.dtype} and {y.dtype}")
     z = torch.cat([x, y])
-    dtype = dispatch.wide_dtype(z)
-    factor = info_nce_op.rnorm(z, dtype) if normalize else z.new_ones(len(z), dtype=dtype)
-    return losses_of(z, factor, scalar("logit_scale", logit_scale, dtype, z.device))[0]
+    scale = scalar("logit_scale", logit_scale, dispatch.wide_dtype(z), z.device)
+    return losses_of(z, scale, normalize)[0]
 
 
 def _triangle(here: slice) -> list[tuple[slice, slice]]:
@@ -74,9 +76,9 @@ def _pairs(z: Tensor, factor: Tensor, scale: Tensor) -> list[tuple[slice, slice,
 
 
 @torch.library.custom_op("fastxm::info_nce_views_fwd", mutates_args=())
-def losses_of(z: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def losses_of(z: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Losses [2N] and log-sum-exps [2N]."""
-    backend = info_nce_op.backend(z, z)
+    backend, factor = info_nce_op.backend(z, z), _factor(z, scale, normalize)
     sums = new_sums(factor).repeat(1, len(z))
     for p, q, given in _pairs(z, factor, scale):
         with torch.autocast(z.device.type, enabled=False):
@@ -92,37 +94,46 @@ def losses_of(z: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
 
 @torch.library.custom_op("fastxm::info_nce_views_bwd", mutates_args=())
 def gradients_of(
-    dloss: Tensor, z: Tensor, factor: Tensor, scale: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    dloss: Tensor, z: Tensor, scale: Tensor, lse: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
     backend, every = info_nce_op.backend(z, z), terms(lse, dloss, 0, 1)
-    dz, (da, db) = factor.new_zeros(z.shape), factor.new_zeros(2, len(z))
+    factor, scale = _factor(z, scale, normalize), not_zero(scale)
+    dz = factor.new_zeros(z.shape)
     for p, q, given in _pairs(z, factor, scale):
         row, column = every[:, p].contiguous(), every[:, q].contiguous()
         grads = backend.gradients(row, None if p == q else column, *given, 0.0, z[:0])
-        for total, of, grad in zip((dz, dz, da, db), (p, q, p, q), grads):
-            total[of] += grad
-    return dz.to(z.dtype), scale * da + db, torch.dot(da, factor)
+        for of, grad in zip((p, q), grads):
+            dz[of] += grad
+    dz, along = backend.finish(z, dz, factor if normalize else None)
+    return dz, along.sum() / (2 * scale)  # a product is of two rows
+
+
+def _factor(z: Tensor, scale: Tensor, normalize: bool) -> Tensor:
+    if normalize:
+        return info_nce_op.backend(z, z).rnorms(z, z[:0])
+    return torch.ones_like(scale).expand(len(z))
 
 
 @losses_of.register_fake
-def _(z, factor, scale):
-    return factor.new_empty(len(z)), factor.new_empty(len(z))
+def _(z, scale, normalize):
+    return scale.new_empty(len(z)), scale.new_empty(len(z))
 
 
 @gradients_of.register_fake
-def _(dloss, *inputs):
-    return tuple(t.new_empty(t.shape) for t in inputs[:3])
+def _(dloss, z, scale, *options):
+    return z.new_empty(z.shape), scale.new_empty(())
 
 
-def _formula(z: Tensor, factor: Tensor, scale: Tensor) -> Tensor:
-    (z,) = dispatch.wide(z)
-    s = (z @ z.T) * (scale * factor[:, None]) * factor
+def _formula(z: Tensor, scale: Tensor, normalize: bool) -> Tensor:
+    z = dispatch.unit_rows(z) if normalize else dispatch.wide(z)[0]
+    s = (z @ z.T) * scale
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     return s.masked_fill(itself, -torch.inf).logsumexp(1) - s.diagonal(len(z) // 2).repeat(2)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, ctx.normalize = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -132,8 +143,8 @@ def _backward(ctx, dloss, _):
         return (None,) * len(ctx.needs_input_grad)
     *inputs, lse = ctx.saved_tensors
     if torch.is_grad_enabled():
-        return tuple(dispatch.vjp(_formula, inputs, (dloss,)))
-    return gradients_of(dloss, *inputs, lse)
+        return (*dispatch.vjp(partial(_formula, normalize=ctx.normalize), inputs, (dloss,)), None)
+    return (*gradients_of(dloss, *inputs, lse, ctx.normalize), None)
 
 
 losses_of.register_autograd(_backward, setup_context=_save)

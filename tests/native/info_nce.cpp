@@ -1,5 +1,6 @@
 // InfoNCE's CUDA kernels on the CPU, for ctypes.
 #include "cuda/info_nce.cu"
+#include "cuda/info_nce_rows.cu"
 #include "cuda/info_nce_small.cu"
 
 using Address = std::uintptr_t;
@@ -29,6 +30,15 @@ void bwd(const void* sizes, const void* addresses, Address row_terms, std::int64
 void small(const void* sizes, const void* addresses, double smoothing) {
   fastxm::info_nce_small_cuda(emulator::array<fastxm::InfoNceSmallSizes>(sizes),
                               emulator::array<fastxm::InfoNceSmallAddresses>(addresses), smoothing, 0);
+}
+
+void rnorms(const void* sizes, Address x, Address y, Address out) {
+  fastxm::info_nce_rnorms_cuda(emulator::array<fastxm::InfoNceRowsSizes>(sizes), x, y, out, 0);
+}
+
+void finish(const void* sizes, const void* addresses) {
+  fastxm::info_nce_finish_cuda(emulator::array<fastxm::InfoNceRowsSizes>(sizes),
+                               emulator::array<std::array<std::uintptr_t, 5>>(addresses), 0);
 }
 
 }  // extern "C"

@@ -182,6 +182,37 @@ def test_closed_forms(device):
     assert info_nce(x, y, scale, labels=torch.zeros(40, dtype=torch.int32, device=device)) == 0
 
 
+def unit(x):
+    return x * x.square().sum(1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+def check_short_rows(device):
+    # a row shorter than 1e-6 is not brought to length 1, and its length counts
+    x, y, scale = inputs(40, 40, 33, device)
+    for rows in (x, y):
+        rows[:4] = unit(rows[:4]) * torch.tensor([[0], [1e-9], [9e-7], [2e-6]], device=device)
+    exact = gradient(lambda x, y, scale: formula(unit(x), unit(y), scale), (0, 1, 2))
+    exact = exact(x.double(), y.double(), scale.double())
+    found = gradient(lambda *t: info_nce(*t, normalize=True), (0, 1, 2))(x, y, scale)
+    for one, other in zip(found, exact):
+        errors = (one.double() - other).reshape(len(one) if one.ndim else 1, -1).norm(dim=1)
+        assert (errors <= 1e-5 * other.reshape(len(errors), -1).norm(dim=1)).all()
+
+
+def check_scale_of_0(device):
+    given = *inputs(40, 40, 9, device)[:2], torch.tensor(0.0, device=device)
+    for options in ({}, {"normalize": True}):
+        ours, plain = (gradient(bind(f, options, 40, device), (0, 1, 2))
+                       for f in (info_nce, formula))  # fmt: skip
+        for one, other in zip(ours(*given), plain(*(t.double() for t in given))):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-12)
+
+
+def test_rows_one_by_one(device):
+    check_short_rows(device)
+    check_scale_of_0(device)
+
+
 def test_strided_inputs(device):
     x, y = torch.randn(9, 20, device=device).T, torch.randn(20, 18, device=device)[:, ::2]
     torch.testing.assert_close(info_nce(x, y, 1.5), info_nce(x.contiguous(), y.contiguous(), 1.5))
@@ -225,9 +256,9 @@ def test_wrong_type():
 def test_dispatch(device):
     x, y, scale = (t.requires_grad_() for t in inputs(6, 6, 5, device))
     for labels in (None, torch.arange(6, device=device) % 2):
-        ones = torch.ones(6, device=device, requires_grad=True)
         for stored in (True, False):
-            torch.library.opcheck(losses_of, (x, y, ones, ones, labels, True, 0.1, 0, stored))
+            given = (x, y, scale, stored, labels, True, 0.1, 0, stored)  # normalised and not
+            torch.library.opcheck(losses_of, given)
     check_gradients(device)
     compiled = torch.compile(lambda *t: info_nce(*t, normalize=True), fullgraph=True)
     torch.testing.assert_close(compiled(x, y, scale), info_nce(x, y, scale, normalize=True))
@@ -250,10 +281,12 @@ def check_gradients(device):
         if dtype == torch.bfloat16 and device == "cpu" and dispatch.forced:
             continue  # Triton's interpreter multiplies it wrongly
         x, y = (torch.randn(D, 40, device=device).to(dtype).T for _ in range(2))
-        ones = torch.ones(40, device=device)
-        _, *stats, kept = losses_of(x, y, ones, ones, None, True, 0.0, 0, False)
-        given = (ones, x, y, ones, ones, None, *(s[0].clone() for s in stats), kept)
-        torch.library.opcheck(gradients_of, (*given, True, 0.0, 0, True))
+        dloss, scale = torch.ones(40, device=device), torch.tensor(1.5, device=device)
+        for normalize in (True, False):
+            found = losses_of(x, y, scale, normalize, None, True, 0.0, 0, False)
+            _, *stats, kept, rnorms = found
+            given = (dloss, x, y, scale, rnorms, None, *(s[0].clone() for s in stats), kept)
+            torch.library.opcheck(gradients_of, (*given, True, 0.0, 0))
 
 
 def sines(shape, a, c):
@@ -322,5 +355,7 @@ def test_one_reference_where_triton_compiles_it(version, works, monkeypatch):
 def test_triton_extremes(triton_device):
     test_large_logits(triton_device)
     test_closed_forms(triton_device)
+    check_short_rows(triton_device)
+    check_scale_of_0(triton_device)
     test_strided_inputs(triton_device)
     check_gradients(triton_device)

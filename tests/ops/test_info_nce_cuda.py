@@ -5,7 +5,16 @@ import ctypes
 import pytest
 import torch
 from check import WHERE, emulated, gradient, no_worse, products_as_on_a_gpu
-from test_info_nce import OPTIONS, RECTANGLES, SHAPES, bind, formula, inputs
+from test_info_nce import (
+    OPTIONS,
+    RECTANGLES,
+    SHAPES,
+    bind,
+    check_scale_of_0,
+    check_short_rows,
+    formula,
+    inputs,
+)
 
 from fastxm.ops import backend, info_nce, info_nce_op
 from fastxm.ops import info_nce_blocks as blocks
@@ -28,6 +37,8 @@ class Emulated:
             "fwd": [array, array, *ends, address],
             "bwd": [array, array, *ends, ctypes.c_double, ctypes.c_bool, address],
             "small": [array, array, ctypes.c_double],
+            "rnorms": [array, *[address] * 3],
+            "finish": [array, array],
         }
         for name, arguments in types.items():
             function = getattr(self.library, name)
@@ -45,6 +56,12 @@ class Emulated:
 
     def info_nce_bwd_cuda(self, *arguments):
         self.run(self.library.bwd, *arguments)
+
+    def info_nce_finish_cuda(self, *arguments):
+        self.run(self.library.finish, *arguments)
+
+    def info_nce_rnorms_cuda(self, sizes, *addresses):
+        self.library.rnorms((ctypes.c_int64 * 4)(*sizes), *addresses[:-1])
 
     def info_nce_small_cuda(self, *arguments):
         self.run(self.library.small, *arguments)
@@ -121,6 +138,11 @@ def test_large_logits(on):
     ours, plain = (bind(f, {}, 130, on) for f in (info_nce, formula))
     no_worse(ours, plain, x, y, scale)
     no_worse(gradient(ours), gradient(plain), x, y, scale)
+
+
+def test_rows_one_by_one(on):
+    check_short_rows(on)
+    check_scale_of_0(on)
 
 
 def test_not_a_number(on):

@@ -99,11 +99,12 @@ def test_wrong_inputs():
 
 
 def test_dispatch(device):
-    z, factor = torch.randn(5, 6, device=device).T, torch.ones(6, device=device)
-    z, factor, scale = (t.requires_grad_() for t in (z, factor, torch.tensor(2.0, device=device)))
-    torch.library.opcheck(info_nce_views.losses_of, (z, factor, scale))
-    given = (torch.ones_like(factor), z, factor, scale, torch.ones_like(factor))
-    torch.library.opcheck(info_nce_views.gradients_of, tuple(t.detach() for t in given))
+    z, ones = torch.randn(5, 6, device=device).T, torch.ones(6, device=device)
+    z, scale = (t.requires_grad_() for t in (z, torch.tensor(2.0, device=device)))
+    for normalize in (True, False):
+        torch.library.opcheck(info_nce_views.losses_of, (z, scale, normalize))
+        given = (ones, z.detach(), scale.detach(), ones, normalize)
+        torch.library.opcheck(info_nce_views.gradients_of, given)
     compiled = torch.compile(info_nce_views.info_nce_views, fullgraph=True, backend="aot_eager")
     x, y = z.detach().chunk(2)
     torch.testing.assert_close(compiled(x, y, scale), info_nce_views.info_nce_views(x, y, scale))
