@@ -109,17 +109,17 @@ def vjp(
     Returns:
         one gradient for each input; None where it needs none.
     """
-    with torch.enable_grad():
-        # fresh views: an input may be another one too, or be computed from it
-        inputs = [x if x is None else x.view_as(x) for x in inputs]
+    device = next(x.device.type for x in inputs if x is not None)
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        inputs = [x if x is None else x.view_as(x) for x in inputs]  # two may be one tensor
         outputs = formula(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    pairs = [(o, c) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    if not pairs or not wanted:
-        return [None for _ in inputs]
-    outs, cots = zip(*pairs)
-    found = iter(torch.autograd.grad(outs, wanted, cots, create_graph=True, allow_unused=True))
+        outs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, c) for o, c in zip(outs, cotangents) if c is not None and o.requires_grad]
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        if not pairs or not wanted:
+            return [None for _ in inputs]
+        outs, cots = zip(*pairs)
+        found = iter(torch.autograd.grad(outs, wanted, cots, create_graph=True, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 

@@ -32,16 +32,18 @@ def eager(
             return backward(ctx, *cotangents)
 
     def call(x: Tensor, *inputs: Any) -> Any:
-        return (Eager.apply if _runs_at_once(x) else op)(x, *inputs)
+        return (Eager.apply if runs_at_once(x) else op)(x, *inputs)
 
     return call
 
 
-def _runs_at_once(x: Tensor) -> bool:
+def runs_at_once(x: Tensor) -> bool:
     """Whether ops on x run as they are called: no torch.compile, functorch transform or mode."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type != "meta"
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
         and not torch._C._len_torch_dispatch_stack()
     )

@@ -15,7 +15,7 @@ from fastxm.ops import info_nce_reference as reference
 from fastxm.ops import info_nce_rows as rows
 from fastxm.ops import info_nce_tiles as tiles
 from fastxm.ops import info_nce_triton as triton
-from fastxm.ops.eager import eager
+from fastxm.ops.eager import eager, runs_at_once
 
 BACKENDS = {"reference": reference, "cpu": tiles, "cuda": cuda, "triton": triton}
 # elements whose products cost as much time as to write one product and read it again; elsewhere
@@ -115,9 +115,10 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # of what is kept, which is large
 
 
-def _backward(ctx, dloss, *_, gradients=gradients_of):
+def _backward(ctx, dloss, *_, at_once=False):
     if dloss is None:
         return (None,) * len(ctx.needs_input_grad)
+    gradients = _gradients if at_once and runs_at_once(dloss) else gradients_of
     x, y, scale, labels, row_stats, column_stats, kept, rnorms = ctx.saved_tensors
     options = ctx.options[:3]  # symmetric, smoothing, offset
     if torch.is_grad_enabled():
@@ -132,4 +133,4 @@ losses_of.register_autograd(_backward, setup_context=_save)
 
 
 # losses_of, without what its registration costs where PyTorch does not trace or transform it
-losses = eager(losses_of, _losses, _save, partial(_backward, gradients=_gradients))
+losses = eager(losses_of, _losses, _save, partial(_backward, at_once=True))

@@ -57,15 +57,17 @@ def mmd2(
     Args:
         x, y: [N, D] and [M, D], any floating dtype; or [G, N, D] and [G, M, D], G problems.
         kernel: a kernel or a sum of kernels; gradients reach its bandwidths.
-        estimator: "biased" (never below 0), "unbiased", "u_statistic", "linear" or "block"; the
-            last three need N = M. All but "biased" may be negative.
-        x_weight, y_weight: [N] and [M] ([G, N] and [G, M]), at least 0, weights of the rows, only
-            in proportion; for "biased" and "unbiased".
+        estimator: "biased", "unbiased", "u_statistic", "linear" or "block"; the last three need
+            N = M. All may be negative, "biased" by no more than rounding.
+        x_weight, y_weight: [N] and [M] ([G, N] and [G, M]), at least 0 and not all 0, weights of
+            the rows, only in proportion; for "biased" and "unbiased" (two rows that are not 0).
         x_starts, y_starts: [G + 1] integers from 0 to N and to M, where the rows of each of G
             problems begin and the last one's end (cu_seqlens); not for "linear" and "block".
+            They are read: torch.compile breaks its graph there.
         block_size: rows a block for "block", ceil(sqrt(N)) unless given.
         precision: of the products: "float32", "bfloat16", or on a GPU "tf32" or "tf32x3" (three
-            products of TF32). None: bfloat16 where both x and y are; else float32 (float64).
+            products of TF32). None: bfloat16 where both x and y are; else float32 (float64). Of a
+            group only Triton heeds it, and bfloat16 rows on a GPU are multiplied as float32.
         group: a torch.distributed group: each rank gives its own rows (as many of x as of y for
             "u_statistic") and has the MMD of those of all, of one problem. Gradients of rows are
             those of the sum of the ranks' results, so that DistributedDataParallel's average is

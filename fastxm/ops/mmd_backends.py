@@ -63,11 +63,14 @@ def forward(
 
 
 @contextlib.contextmanager
-def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
+def tf32(device: torch.device, allowed: bool) -> Iterator[None]:
     """Whether the vendor's products of float32 on a GPU may be of TF32."""
     before = torch.backends.cuda.matmul.fp32_precision
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    wanted = "tf32" if allowed else "ieee"
+    if device.type != "cuda" or before == wanted:
+        yield
+        return
+    torch.backends.cuda.matmul.fp32_precision = wanted
     try:
         yield
     finally:
@@ -88,7 +91,7 @@ def one(inputs: Inputs, name: str, options: Options, wanted: Sequence[bool]) -> 
     # of a CPU they are read at once, of a GPU without waiting
     of_xx, of_yy, of_xy = c[0].unbind() if c.is_cuda else c[0].tolist()
     function = Function(terms, parameters, derivatives if wanted[2] else None, precision)
-    with _tf32(x.device, precision == "tf32"):
+    with tf32(x.device, precision == "tf32"):
         of_x, of_y = samples(x, y, a, b, radial, half, None)
         xs = Rows.make(of_x[0], of_x[2], a, wanted[0], packed=False)
         ys = Rows.make(of_y[0], of_y[2], b, wanted[1], packed=False)

@@ -38,10 +38,12 @@ def problem(
     x_starts: Tensor | None = None,
     y_starts: Tensor | None = None,
     least: int | None = None,
+    one: bool = False,
 ) -> Problem:
     """The arguments of mmd2 as a Problem; raises ValueError or TypeError where they are none.
 
-    least: rows of a sample, if not what the estimator needs (a rank may have none).
+    least: rows of a sample, if not what the estimator needs (a rank may have none). one: of one
+    problem alone, x [N, D] and y [M, D].
     """
     dispatch.one_device("mmd2", x, y, x_weight, y_weight)
     if not (x.is_floating_point() and y.is_floating_point()):
@@ -50,9 +52,11 @@ def problem(
         raise TypeError(f"kernel is one of fastxm.ops.mmd or a sum of them, not {kernel!r}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}")
-    if x.ndim not in (2, 3) or y.shape[:-2] != x.shape[:-2] or x.shape[-1] != y.shape[-1]:
-        raise ValueError(f"mmd2 needs x [N, D] and y [M, D], or [G, N, D] and [G, M, D], not "
-                         f"{[*x.shape]} and {[*y.shape]}")  # fmt: skip
+    many = x.ndim == 3 and not one and len(x) > 0
+    if not (x.ndim == 2 or many) or y.shape[:-2] != x.shape[:-2] or x.shape[-1] != y.shape[-1]:
+        forms = "" if one else ", or [G, N, D] and [G, M, D] of one problem or more"
+        raise ValueError(f"mmd2 needs x [N, D] and y [M, D]{forms}, not {[*x.shape]} and "
+                         f"{[*y.shape]}")  # fmt: skip
     for weight, rows in ((x_weight, x), (y_weight, y)):
         if weight is not None and weight.shape != rows.shape[:-1]:
             raise ValueError(f"weights must be {[*rows.shape[:-1]]}, one a row, not "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops.mmd_pairs import KINDS, Term, distances, value
-from fastxm.ops.mmd_parameters import Values, each, halving, mixed, positive, vector
+from fastxm.ops.mmd_parameters import Values, each, halving, mixed, positive, single
 
 
 class Kernel:
@@ -116,7 +116,7 @@ class Energy(Kernel):
     kind: ClassVar[str] = "energy"
 
     def parameters(self, x: Tensor) -> Tensor:
-        return mixed(1.0, self.weight, x)
+        return mixed(1.0, single("weight", self.weight), x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +130,12 @@ class Polynomial(Kernel):
     radial: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.degree < 1:
-            raise ValueError(f"degree must be 1 or more, not {self.degree}")
+        if not isinstance(self.degree, int) or self.degree < 1:
+            raise ValueError(f"degree must be an int, 1 or more, not {self.degree}")
 
     def parameters(self, x: Tensor) -> Tensor:
-        gamma = 1 / x.shape[-1] if self.gamma is None else self.gamma
-        return torch.stack([vector(gamma, x), vector(self.coef0, x)])
+        gamma = 1 / x.shape[-1] if self.gamma is None else single("gamma", self.gamma)
+        return mixed(gamma, single("coef0", self.coef0), x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,4 +147,4 @@ class Linear(Kernel):
     radial: ClassVar[bool] = False
 
     def parameters(self, x: Tensor) -> Tensor:
-        return torch.stack([vector(self.weight, x), x.new_zeros(1)])
+        return mixed(single("weight", self.weight), 0.0, x)

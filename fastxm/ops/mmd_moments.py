@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch, mmd_moments_reference
-from fastxm.ops.mmd_backends import TILE
+from fastxm.ops.mmd_backends import TILE, tf32
 from fastxm.ops.mmd_pairs import Term
 from fastxm.ops.mmd_reference import unpack
 from fastxm.ops.mmd_rows import Function, Rows, finish
@@ -36,7 +36,8 @@ def moments(
     """
     kernel = unpack(terms)
     if not _by_tiles(x, kernel):
-        return mmd_moments_reference.formula(kernel, x, y, parameters)
+        with tf32(x.device, False):
+            return mmd_moments_reference.formula(kernel, x, y, parameters)
     (u, v), squares, one = _rows(x, y, (False, False)), x.new_zeros(3).double(), x.new_ones(())
     functions = [Function(kernel, parameters, squares=s) for s in squares]
     how = (native, TILE["cpu"])
@@ -64,7 +65,8 @@ def _bwd(
     """dx and dy, if wanted (else they may be empty), and dparameters; cotangents: of moments."""
     kernel, (da, db, dp, dq, ds) = unpack(terms), cotangents
     if not _by_tiles(x, kernel):
-        return mmd_moments_reference.gradients(kernel, x, y, parameters, cotangents)
+        with tf32(x.device, False):
+            return mmd_moments_reference.gradients(kernel, x, y, parameters, cotangents)
     (u, v), by = _rows(x, y, wanted), ds.new_zeros(len(parameters))
     function = Function(kernel, parameters, by if wanted[2] else None)
     # of (i, j) and (j, i) together in the first two
@@ -103,7 +105,8 @@ def _backward(ctx, *cotangents):
     inputs = ctx.saved_tensors
     if torch.is_grad_enabled():
         formula = partial(mmd_moments_reference.formula, unpack(ctx.terms))
-        return (*dispatch.vjp(formula, inputs, cotangents), None)
+        with tf32(inputs[0].device, False):
+            return (*dispatch.vjp(formula, inputs, cotangents), None)
     wanted = [*ctx.needs_input_grad[:3]]
     found = _bwd(*inputs, [t.contiguous() for t in cotangents], ctx.terms, wanted)
     return (*(g if w else None for g, w in zip(found, wanted)), None)

@@ -39,19 +39,20 @@ def gradients(
     for (r, c), u, v, square in zip(MATRICES, (da, db, dp), (none, none, dq), 2 * ds):
         columns = (x, y)[c]
         for start, rows in _blocks((x, y)[r], columns):
-            some = slice(start, start + len(rows))
+            some, middle = slice(start, start + len(rows)), columns.mean(0)
             each = _each(terms, parameters, rows, columns)
             k = _block(each, start if r == c else None)
             g = (u[some, None] + v + square * k).to(k)
             if r == c:
                 g.diagonal(start).zero_()
             for term in each:
-                w = g * slope(*term)
-                dz[r][some] += w @ columns
-                dz[c] += w.mT @ rows
-                if term[0][0].radial:
-                    dz[r][some] -= w.sum(1)[:, None] * rows
-                    dz[c] -= w.sum(0)[:, None] * columns
+                w, radial = g * slope(*term), term[0][0].radial
+                u_of, v_of = (rows - middle, columns - middle) if radial else (rows, columns)
+                dz[r][some] += w @ v_of
+                dz[c] += w.mT @ u_of
+                if radial:
+                    dz[r][some] -= w.sum(1)[:, None] * u_of
+                    dz[c] -= w.sum(0)[:, None] * v_of
             found = [(g * d).sum().double() for term in each for d in by_parameters(*term)]
             by += torch.stack(found)
     return dz[0], dz[1], by.to(parameters)
@@ -64,8 +65,9 @@ def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def _each(terms: list[Term], parameters: Tensor, x: Tensor, y: Tensor) -> list[tuple]:
     """Each term as mmd_pairs takes it, alone: the statistic of each pair and its parameters."""
-    kinds = {term.radial for term in terms}
-    statistics = {radial: distances(x, y) if radial else x @ y.mT for radial in kinds}
+    kinds, middle = {term.radial for term in terms}, y.detach().mean(0)
+    statistics = {radial: distances(x - middle, y - middle) if radial else x @ y.mT
+                  for radial in kinds}  # fmt: skip
     own = parameters.split([2 * term.parts for term in terms])
     return [([term], statistics[term.radial], p) for term, p in zip(terms, own)]
 

@@ -44,6 +44,13 @@ def positive(name: str, values: Values) -> None:
             raise ValueError(f"{name} must be above 0, not {values}")
 
 
+def single(name: str, value: float | Tensor) -> float | Tensor:
+    """The value; raises ValueError where it is a tensor of more or fewer elements than one."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} is a number or one element, not {[*value.shape]}")
+    return value
+
+
 def halving(values: Values) -> bool:
     """Whether all are numbers, each half of the next larger one."""
     if not isinstance(values, Sequence) or any(isinstance(v, Tensor) for v in values):

@@ -46,7 +46,7 @@ def kernel_sums(x, y, a, b, c, parameters, options: Options, ranks: Ranks) -> Te
 @torch.compiler.disable
 def linear_sums(x, y, a, b, c, drop_self: bool, drop_paired: bool, ranks: Ranks) -> Tensor:
     """As mmd_reference.linear_sums for the rows of all ranks; [1]."""
-    u, v = a[:, None] * x.to(a), b[:, None] * y.to(b)
+    u, v = a.double()[:, None] * x, b.double()[:, None] * y  # as in mmd_reference.linear_sums
     p, q = ranks.total(u.sum(0)), ranks.total(v.sum(0))
     sums = [p.square().sum(), q.square().sum(), (p * q).sum()]
     if drop_self:
@@ -133,7 +133,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, gradients = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        inputs, gradients = (saved := ctx.saved_tensors)[:6], saved[6:]
         r, o = ctx.ranks, ctx.options
         if torch.is_grad_enabled():
 

@@ -46,8 +46,9 @@ def kernel_sums(starts, options: Options, x, y, a, b, c, parameters) -> Tensor:
 
 
 def linear_sums(x, y, a, b, c, x_starts, y_starts, drop_self: bool, drop_paired: bool) -> Tensor:
-    """S of the kernel <x, y>: products of sums, in O(N D)."""
-    u, v = a[:, None] * x.to(a), b[:, None] * y.to(b)
+    """S of the kernel <x, y>: products of sums, in O(N D); in float64, for away from the origin
+    they cancel."""
+    u, v = a.double()[:, None] * x, b.double()[:, None] * y
     p, q = per_problem(u, x_starts), per_problem(v, y_starts)  # [G, D]
     sums = [p.square().sum(1), q.square().sum(1), (p * q).sum(1)]
     if drop_self:

@@ -25,7 +25,8 @@ class Function:
 
     def __post_init__(self) -> None:
         self.parameters = self.parameters.contiguous()
-        self.kinds = torch.tensor([[*term] for term in self.terms], device="cpu")
+        terms = [[*term] for term in self.terms]
+        self.kinds = torch.tensor(terms, dtype=torch.int64, device="cpu")
 
     @property
     def radial(self) -> bool:

@@ -1,6 +1,6 @@
 """MMD^2 of samples that stay where they are, on disk perhaps: a few blocks of rows at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,18 +87,14 @@ def _pairs(
     found = []
     for i in range(0, len(x), block):
         rows = rows_of(x, i)
-        for j, columns in _blocks(rows_of, y, i if x is y else 0, block):
+        name = mmd_backends.backend(rows.weight, False)
+        how = (mmd_backends.MAKERS[name], mmd_backends.TILE[name])
+        for j in range(i if x is y else 0, len(y), block):
             own = x is y and j == i
-            given = (rows, rows if own else columns, rows.weight.new_ones(()), drop and own)
-            name = mmd_backends.backend(rows.weight, False)
-            how = (mmd_backends.MAKERS[name], mmd_backends.TILE[name])
-            part = visit(function, *given, *how)[0].double().sum()
+            columns = rows if own else rows_of(y, j)
+            given = (rows, columns, rows.weight.new_ones(()), drop and own)
+            with mmd_backends.tf32(rows.weight.device, False):
+                part = visit(function, *given, *how)[0].double().sum()
+            del columns, given  # before the next are read
             found.append(part if own or x is not y else 2 * part)
     return torch.stack(found).sum()
-
-
-def _blocks(
-    rows_of: Callable[[Any, int], Rows], y: Any, first: int, block: int
-) -> Iterator[tuple[int, Rows]]:
-    for j in range(first, len(y), block):
-        yield j, rows_of(y, j)

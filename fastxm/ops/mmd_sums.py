@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastxm.ops import dispatch, mmd_reference
 from fastxm.ops.eager import eager
-from fastxm.ops.mmd_backends import forward
+from fastxm.ops.mmd_backends import forward, tf32
 from fastxm.ops.mmd_problems import per_row
 from fastxm.ops.mmd_reference import Options
 
@@ -94,11 +94,12 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dtotal, *_):
     if dtotal is None:
         return (None,) * 13
-    inputs, (dx, dy, da, db, dc, dparameters) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    *inputs, dx, dy, da, db, dc, dparameters = ctx.saved_tensors
     starts = inputs[6:8]
     if torch.is_grad_enabled():
         formula = partial(mmd_reference.kernel_sums, starts, Options(*ctx.options))
-        found = dispatch.vjp(formula, inputs[:6], [dtotal])
+        with tf32(dtotal.device, ctx.options[3] == "tf32"):
+            found = dispatch.vjp(formula, inputs[:6], [dtotal])
     else:
         x_of, y_of = (per_row(dtotal, s, len(d)) for s, d in zip(starts, (da, db)))
         ready = (lambda: x_of[..., None] * dx, lambda: y_of[..., None] * dy, lambda: x_of * da,

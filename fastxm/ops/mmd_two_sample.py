@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
+from fastxm.ops.mmd_backends import tf32
 from fastxm.ops.mmd_checks import problem
 from fastxm.ops.mmd_kernels import Kernel
 from fastxm.ops.mmd_rows import centred
@@ -30,32 +31,37 @@ def mmd_permutation_test(
         the statistic and p = (1 + number of permuted >= statistic) / (permutations + 1), float64
         scalars without gradient.
     """
-    problem(x, y, kernel, "unbiased")
+    problem(x, y, kernel, "unbiased", one=True)
     if permutations < 1:
         raise ValueError(f"permutations must be 1 or more, not {permutations}")
     n, m = len(x), len(y)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x, y = dispatch.wide(x, y)
-        z = torch.cat(centred(x, y) if all(k.radial for k in kernel.terms) else (x, y))
+        rows = {False: torch.cat([x, y]), True: torch.cat(centred(x, y))}
         scores = torch.rand(n + m, permutations, generator=generator, device=x.device)
         first = scores.argsort(0) < n  # a random n of the n + m rows, in each column
         observed = torch.arange(n + m, device=x.device)[:, None] < n
         first = torch.cat([observed, first], 1).double()  # [N + M, 1 + permutations]
-        statistics, rounding = _relabelled(z, kernel, first, n, m)
+        each = [(term, rows[term.radial]) for term in kernel.terms]
+        with tf32(x.device, False):
+            statistics, rounding = _relabelled(each, first, n, m)
         reached = (statistics[1:] >= statistics[0] - rounding).sum()
         return statistics[0], (1 + reached.double()) / (permutations + 1)
 
 
 def _relabelled(
-    z: Tensor, kernel: Kernel, first: Tensor, n: int, m: int, block: int = 1024
+    each: list[tuple[Kernel, Tensor]], first: Tensor, n: int, m: int, block: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """Unbiased MMD^2 for each column of `first` [N + M, P], and a bound of its rounding."""
-    diagonal = kernel.paired(z, z).double()
+    """Unbiased MMD^2 for each column of `first` [N + M, P], and a bound of its rounding.
+
+    each: the terms of the kernel, and of each the rows [N + M, D].
+    """
+    diagonal = torch.stack([term.paired(z, z) for term, z in each]).sum(0).double()
     rows_of_first = torch.zeros_like(first[0])  # sum over i, j in x of k
     crossing = torch.zeros_like(first[0])  # sum over i in x, j in y of k
     total = first.new_zeros(())
-    for i in range(0, len(z), block):
-        k = kernel.matrix(z[i : i + block], z).double()
+    for i in range(0, n + m, block):
+        k = torch.stack([term.matrix(z[i : i + block], z) for term, z in each]).sum(0).double()
         # a row's distance to itself is exactly 0
         k.diagonal(i).copy_(diagonal[i : i + block])
         sums = k @ first

@@ -28,7 +28,7 @@ def mmd2_and_variance(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Ten
     Source: Sutherland et al. 2017 (ICLR), in the sums a = Kxx 1, b = Kyy 1, p = Kxy 1, q = Kxy' 1,
     diagonals of Kxx and Kyy zero.
     """
-    problem(x, y, kernel, "u_statistic")
+    problem(x, y, kernel, "u_statistic", one=True)
     m = len(x)
     if m < 4:
         raise ValueError(f"mmd2_and_variance needs 4 rows or more, not {m}")

@@ -19,8 +19,7 @@ from torch import Tensor
 from fastxm.ops import dispatch
 from fastxm.ops import modulation_passes as passes
 from fastxm.ops import modulation_reference as reference
-
-AXES = {"batch": [0, 2, 3], "instance": [2, 3], "layer": [1, 2, 3], "none": []}
+from fastxm.ops.modulation_checks import AXES, check, check_running
 
 
 def modulation(
@@ -59,7 +58,8 @@ def modulation(
         ValueError: shapes that do not fit, an unknown norm or activation, no running statistics.
         TypeError: tensors that are not floating, or of several devices.
     """
-    _check(x, gamma, beta, norm, activation)
+    check(x, gamma, beta, norm, activation)
+    check_running(x, running_mean, running_var)
     axes, mean, var = AXES[norm], None, None
     if norm == "none":
         mean, var, eps = x.new_zeros((1, 1, 1, 1)), x.new_ones((1, 1, 1, 1)), 0.0
@@ -69,28 +69,13 @@ def modulation(
         axes, mean, var = [], running_mean.view(1, -1, 1, 1), running_var.view(1, -1, 1, 1)
     ranks = group.group_name if group is not None and axes == AXES["batch"] else ""
     out, mean, var = _fwd(x, gamma, beta, mean, var, axes, eps, activation == "relu", ranks)
-    if axes == AXES["batch"] and running_mean is not None and running_var is not None:
+    # the statistics of no rows are NaN, and none of running ones
+    moved = axes == AXES["batch"] and (x.numel() > 0 or ranks != "")
+    if moved and running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.flatten().to(running_mean.dtype), momentum)
             running_var.lerp_(var.flatten().to(running_var.dtype), momentum)
     return out
-
-
-def _check(x: Tensor, gamma: Tensor, beta: Tensor, norm: str, activation: str) -> None:
-    if norm not in AXES or activation not in ("none", "relu"):
-        raise ValueError(f"norm is one of {', '.join(AXES)} and activation relu or none, "
-                         f"not {norm!r} and {activation!r}")  # fmt: skip
-    dispatch.one_device("modulation", x, gamma, beta)
-    if not all(t.is_floating_point() for t in (x, gamma, beta)):
-        raise TypeError("modulation needs floating tensors, not "
-                        f"{[t.dtype for t in (x, gamma, beta)]}")  # fmt: skip
-    fits = x.ndim == gamma.ndim == 4 and gamma.shape == beta.shape and x.shape[:2] == beta.shape[:2]
-    if fits:
-        (H, W), (h, w) = x.shape[2:], gamma.shape[2:]
-        fits = 0 < h <= H and H % h == 0 and H // h * w == W
-    if not fits:
-        raise ValueError("modulation needs x [B, C, k h, k w], gamma and beta [B, C, h, w], not "
-                         f"{list(x.shape)}, {list(gamma.shape)}, {list(beta.shape)}")  # fmt: skip
 
 
 def _backend(x: Tensor) -> Any:
@@ -139,7 +124,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_):
-    maps, rest = ctx.saved_tensors[:3], (*ctx.saved_tensors[3:], *ctx.options)
+    *maps, mean, var = ctx.saved_tensors
+    rest = (mean, var, *ctx.options)
     if torch.is_grad_enabled():
         grads = dispatch.vjp(lambda *m: reference.fwd(*m, *rest)[0], maps, (dout,))
     else:

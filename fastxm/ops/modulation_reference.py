@@ -31,10 +31,11 @@ def fwd(x, gamma, beta, mean, var, axes, eps, relu, group) -> tuple[Tensor, Tens
     if axes:
         var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
         mean, var = modulation_ranks.pool(x, mean, var, group)
+    kept = [t.to(dispatch.wide_dtype(x)) for t in (mean, var)]
     xhat = (wide - mean) * torch.rsqrt(var + eps)
     z = (cells(xhat, gamma) * (1 + spread(scale)) + spread(shift)).reshape(x.shape)
     out = torch.relu(z) if relu else z
-    return out.to(x.dtype).contiguous(memory_format=layout(x)), mean, var
+    return out.to(x.dtype).contiguous(memory_format=layout(x)), *kept
 
 
 def bwd(dout, x, gamma, beta, mean, var, axes, eps, relu, group) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from fastxm.ops import region_word_products as products
 from fastxm.ops import region_word_reference as reference
 from fastxm.ops import region_word_tiles as tiles
 from fastxm.ops import region_word_triton as triton
-from fastxm.ops.eager import eager
+from fastxm.ops.eager import eager, runs_at_once
 
 BACKENDS = {"reference": reference, "cpu": blocks, "cuda": blocks, "triton": triton}
 
@@ -89,15 +89,18 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # of what is kept, which is large
 
 
-def _backward(ctx, dscores, _, gradients=gradients_of):
+def _backward(ctx, dscores, _, at_once=False):
     if dscores is None:
         return (None,) * len(ctx.needs_input_grad)
-    saved = ctx.saved_tensors
+    gradients = _gradients if at_once and runs_at_once(dscores) else gradients_of
+    regions, words, lengths, kept = ctx.saved_tensors
     if torch.is_grad_enabled():
-        dregions, dwords = reference.differentiable_bwd(dscores, *saved[:3], *ctx.options)
+        given = (dscores, regions, words, lengths, *ctx.options)
+        dregions, dwords = reference.differentiable_bwd(*given)
     else:
         of_words = ctx.needs_input_grad[1]
-        dregions, dwords = gradients(dscores, *saved, *ctx.options, of_words)
+        given = (dscores, regions, words, lengths, kept, *ctx.options, of_words)
+        dregions, dwords = gradients(*given)
         dwords = dwords if of_words else None
     return dregions, dwords, None, None, None, None, None
 
@@ -105,4 +108,4 @@ def _backward(ctx, dscores, _, gradients=gradients_of):
 scores_of.register_autograd(_backward, setup_context=_save)
 
 # scores_of, without what its registration costs where PyTorch does not trace or transform it
-scores = eager(scores_of, _scores, _save, partial(_backward, gradients=_gradients))
+scores = eager(scores_of, _scores, _save, partial(_backward, at_once=True))

@@ -88,7 +88,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dloss, *_):
     if dloss is None:
         return (None,) * len(ctx.needs_input_grad)
-    inputs, grads = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors
+    inputs, grads = saved[:4], saved[4:]
     if torch.is_grad_enabled():
         return *vjp(formula, inputs, (dloss,)), None
     return *((dloss * grad).to(t.dtype) for grad, t in zip(grads, inputs)), None

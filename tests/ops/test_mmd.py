@@ -660,3 +660,44 @@ def ragged(x, y, x_starts, y_starts, **options):
 def test_bad_input(error, call):
     with pytest.raises(error):
         call(*fixture())
+
+
+def test_polynomials_that_are_none():
+    for degree in (0, 2.5, 3.0):
+        with pytest.raises(ValueError, match="degree"):
+            Polynomial(degree)
+    two = torch.tensor([1.0, 2.0])
+    for kernel in (Polynomial(2, two), Polynomial(2, coef0=two), Linear(two), Energy(two)):
+        with pytest.raises(ValueError, match="one element"):
+            mmd2(torch.randn(5, 3), torch.randn(4, 3), kernel)
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_linear_away_from_the_origin(estimator):
+    x, y = torch.randn(400, 8) + 1000, torch.randn(300, 8) + 1000
+    weights = {"x_weight": torch.rand(400), "y_weight": torch.rand(300)}
+    exact = mmd2(x.double(), y.double(), Linear(), estimator=estimator, **weights)
+    found = mmd2(x, y, Linear(), estimator=estimator, **weights)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_sums_of_kernels_away_from_the_origin():
+    x, y = torch.randn(40, 8), torch.randn(40, 8) + 0.3
+    kernel = RBF(2.0) + Linear(0.0)
+    far = mmd2_and_variance(x + 1000, y + 1000, kernel)
+    for one, other in zip(far, mmd2_and_variance((x + 1000).double(), (y + 1000).double(), kernel)):
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    statistic, _ = mmd_permutation_test(x + 1000, y + 1000, kernel, 1, generator=generator)
+    exact = mmd2((x + 1000).double(), (y + 1000).double(), kernel, estimator="unbiased")
+    torch.testing.assert_close(statistic, exact, rtol=1e-3, atol=1e-6)
+
+
+def test_one_problem_alone():
+    x = torch.randn(4, 6, 7)
+    for f in (median_heuristic, lambda x, y: mmd2_and_variance(x, y, RBF()),
+              lambda x, y: mmd_permutation_test(x, y, RBF())):  # fmt: skip
+        with pytest.raises(ValueError, match=r"\[M, D\], not"):
+            f(x, x)
+    with pytest.raises(ValueError, match="one problem or more"):
+        mmd2(x[:0], x[:0])

@@ -227,3 +227,18 @@ def test_bad_input():
         modulation(x, gamma, gamma.to("meta"))
     with pytest.raises(ValueError, match="running_mean"):
         modulation(x, gamma, gamma, training=False)
+
+
+def test_no_rows_leave_running_statistics():
+    maps, mean, var = torch.empty(3, 0, 3, 4, 4), torch.zeros(3), torch.ones(3)
+    modulation(*maps, running_mean=mean, running_var=var)
+    assert torch.equal(mean, torch.zeros(3))
+    assert torch.equal(var, torch.ones(3))
+
+
+def test_running_statistics_that_do_not_fit():
+    maps = torch.ones(3, 2, 3, 4, 4)
+    for given in ({"running_mean": torch.zeros(3)}, {"running_var": torch.ones(3)},
+                  {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}):  # fmt: skip
+        with pytest.raises(ValueError, match="running_mean and running_var"):
+            modulation(*maps, **given)
