@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxm.cli.evaluation import load
+from fastxm.cli.evaluation import load, resize_of
 from fastxm.data import open_dataset
 from fastxm.data.leak_free import STYLES
 from fastxm.encoders.frozen import FrozenImages
@@ -55,11 +55,13 @@ def distances(runs: Sequence[Path], data: str, num_images: int, encoder: Any) ->
     """By the name of a run, the distance of what it draws of held-out captions; and that of the
     real held-out pictures, which are fewer."""
     found: dict[str, float] = {}
-    styles = {"styles": (STYLES["generator"],)} if data == "emoji" else {}
+    options: dict[str, Any] = {"styles": (STYLES["generator"],)}
     for run in runs:
         model: Any = load(run, "auto")
+        if data != "emoji":
+            options = {"resize": resize_of(run)}
         train, held_out = (
-            open_dataset(data, model.image_size, split, **styles) for split in ("train", "val")
+            open_dataset(data, model.image_size, split, **options) for split in ("train", "val")
         )
         judge = FrechetJudge(train, encoder, num_images=num_images)
         chosen, real = ordinary(held_out, encoder, progress=True)

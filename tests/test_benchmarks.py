@@ -383,6 +383,7 @@ def test_second_judge(tmp_path, monkeypatch, capsys):
         return types.SimpleNamespace(image_size=8, generate=generate)
 
     monkeypatch.setattr(judge, "load", load)
+    monkeypatch.setattr(judge, "resize_of", lambda run: "crop")
     monkeypatch.setattr(judge, "EfficientNetLite2", Channels)
     runs = [str(tmp_path / name) for name in ("noise", "black")]
     judge.main([*runs, "--data", str(folder), "--json", str(tmp_path / "found.json")])

@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -52,6 +53,7 @@ def evaluate(arguments: list[str]) -> None:
         model: Path,
         data: str = "emoji",
         styles: tuple[str, ...] = (),
+        resize: Literal["crop", "stretch"] | None = None,
         dual_encoder: Path | None = None,
         num_images: int = 1500,
         seed: int = 0,
@@ -68,6 +70,8 @@ def evaluate(arguments: list[str]) -> None:
             data: "emoji", or a folder or tar shards of captioned pictures.
             styles: of `emoji`, those that distance and retrieval are of: twemoji for LAFITE and
                 VDL, which learn from no other; both if not given.
+            resize: of a folder or tars, as of `fastxm train`; if not given as the model's run did,
+                crop where there is none.
             dual_encoder: a run's or a model's directory; one is trained on the data if not given.
             num_images: pictures drawn for each distance, if the data has twice as many.
             seed: of what is chosen and of the noise.
@@ -75,18 +79,22 @@ def evaluate(arguments: list[str]) -> None:
             out: where the figures go as JSON too, with what they were measured of and on.
         """
         from fastxm import DualEncoder, evaluation
+        from fastxm.data import resizing
         from fastxm.models.pretrained import find_model
         from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
 
         if styles and data != "emoji":
             raise ValueError(f"styles are those of emoji, which {data} is not")
-        options = {"styles": styles} if styles else {}
+        if resize and data == "emoji":
+            raise ValueError("resize is of pictures in a folder or tars: those of emoji are square")
         generator = load(model, device)
+        square: dict[str, Any] = resizing(data, resize or resize_of(model))
+        options = {"styles": styles} if styles else square
         if dual_encoder is not None:
             judge = DualEncoder.from_pretrained(find_model(dual_encoder))
         else:
             size = generator.image_size
-            judge = cached_dual_encoder(DualEncoderTraining(data=data, image_size=size))
+            judge = cached_dual_encoder(DualEncoderTraining(data=data, image_size=size, **square))
         judge = judge.to(generator.device)
         found = evaluation.evaluate(
             generator, judge, data, num_images=num_images, seed=seed, options=options
@@ -95,10 +103,12 @@ def evaluate(arguments: list[str]) -> None:
         told: dict[str, Any] = {}
         if isinstance(generator, fastxm.MirrorGAN):
             told = evaluation.evaluate_redescription(
-                generator, data, num_images=num_images, seed=seed
+                generator, data, num_images=num_images, seed=seed, options=square
             )
         elif isinstance(generator, fastxm.CrossModalAutoencoder):
-            told = evaluation.evaluate_selfsup(model, data, seed=seed, device=generator.device)
+            told = evaluation.evaluate_selfsup(
+                model, data, seed=seed, device=generator.device, options=square
+            )
         show_tables(told)
         found |= told
         if out is not None:
@@ -117,6 +127,22 @@ def steps(path: Path) -> int | None:
 
     kept = checkpoint.steps(find_model(path).parent / "checkpoints")
     return int(kept[-1].name.removeprefix(checkpoint.PREFIX)) if kept else None
+
+
+def resize_of(path: Path) -> str:
+    """How the run of a model made pictures square: crop where there is no run, or none that says.
+
+    Raises:
+        ValueError: the run's config.yaml cannot be read.
+    """
+    from fastxm.models.pretrained import find_model
+
+    config = find_model(path).parent / "config.yaml"
+    try:
+        values = yaml.safe_load(config.read_text()) if config.is_file() else {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{config} cannot be read: give --resize crop or stretch") from error
+    return values.get("resize", "crop") if isinstance(values, dict) else "crop"
 
 
 def conditions(model: "TextToImage") -> dict[str, Any]:

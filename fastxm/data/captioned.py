@@ -73,6 +73,11 @@ class CaptionedImages:
         )
 
 
+def resizing(name_or_path: str | os.PathLike[str], resize: str) -> dict[str, Any]:
+    """Options of `open_dataset` of how pictures are made square, which those of `emoji` are."""
+    return {} if name_or_path == "emoji" else {"resize": resize}
+
+
 def planes(pixels: Tensor) -> Tensor:
     """Bytes [B, S, S, 3] as floats [B, 3, S, S] in [0, 1]."""
     return pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)

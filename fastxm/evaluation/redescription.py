@@ -33,6 +33,7 @@ def evaluate_redescription(
     seed: int = 0,
     beams: int = 1,
     progress: bool = True,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Draws held-out captions and judges what the pictures say, beside real pictures.
 
@@ -44,6 +45,7 @@ def evaluate_redescription(
         seed: of what is chosen and of the noise, which differs from picture to picture.
         beams: of the captioner.
         progress: show progress bars.
+        options: of `open_dataset`.
 
     Returns:
         "R-precision": R@1, R@5, R@10 of generated and of real pictures, and chance;
@@ -56,7 +58,7 @@ def evaluate_redescription(
         ValueError: the data set holds no two concepts out.
     """
     size = model.image_size
-    held_out = open_dataset(data, size, "val", progress=progress)
+    held_out = open_dataset(data, size, "val", progress=progress, **(options or {}))
     chosen = held_out.select(full_weight(held_out))
     if len(set(chosen.groups)) < 2:
         raise ValueError(f"{data} holds no two concepts out: nothing to find captions among")

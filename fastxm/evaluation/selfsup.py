@@ -66,6 +66,7 @@ def evaluate_selfsup(
     permutations: int = 1000,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Table]:
     """Judges a run of `fastxm train selfsup`, or a model alone, on training and held-out data.
 
@@ -76,6 +77,7 @@ def evaluate_selfsup(
         permutations: of the test whether mapped codes are distributed as true ones.
         seed: of what is chosen and of noise.
         device: where it is computed.
+        options: of `open_dataset`.
 
     Returns:
         tables by title, of rows by name, of figures by name.
@@ -85,7 +87,7 @@ def evaluate_selfsup(
     splits = [
         Split.of(name, whole, num_images, seed)
         for name, part in {"training": "train", "held out": "val"}.items()
-        if len(whole := open_dataset(data, model.image_size, part))
+        if len(whole := open_dataset(data, model.image_size, part, **(options or {})))
     ]
     judge = EfficientNetLite0().to(device)
     found = {

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastxm.data import CaptionedImages, TextFeatures, open_dataset, text_features
+from fastxm.data import CaptionedImages, TextFeatures, open_dataset, resizing, text_features
 from fastxm.data.cache import build_once, digest, track
 from fastxm.data.image_features import image_features
 from fastxm.data.leak_free import leak_free
@@ -38,6 +38,8 @@ class DualEncoderTraining:
     split: Literal["all", "styles", "concepts"] = "all"
     """Which pictures: all, or the encoder's share where a generator is to learn without captions,
     by styles or by styles and concepts (fastxm.data.leak_free)."""
+    resize: Literal["crop", "stretch"] = "crop"
+    """Of pictures in a folder or tars: cut the middle square, or keep all, out of proportion."""
     epochs: int = 32
     """Passes over the pictures."""
     batch_size: int = 512
@@ -120,14 +122,12 @@ def pairs_of(
     config: DualEncoderTraining, progress: bool
 ) -> tuple[CaptionedImages, CaptionedImages]:
     """The pictures to train on, and those held out."""
+    data, size = config.data, config.image_size
+    options = {"progress": progress, **resizing(data, config.resize)}
     if config.split != "all":
-        parted = config.split == "concepts"
-        parts = leak_free(config.data, config.image_size, parted=parted, progress=progress)
+        parts = leak_free(data, size, parted=config.split == "concepts", **options)
         return parts.encoder, parts.encoder_held_out
-    train, held_out = (
-        open_dataset(config.data, config.image_size, split, progress=progress)
-        for split in ("train", "val")
-    )
+    train, held_out = (open_dataset(data, size, split, **options) for split in ("train", "val"))
     return train, held_out
 
 
@@ -195,11 +195,13 @@ def cached_dual_encoder(
     """The dual encoder of a data set, trained the first time and then read from the cache."""
     config = config or DualEncoderTraining()
     train, _ = pairs_of(config, progress)
+    fields = {**dataclasses.asdict(config), "data": train.name}
+    del fields["resize"]  # the pictures' directory is named by it
     made_of = {
         "format": 2,
         "pictures": train.cache_dir.name,
         "captions": digest([train.ids, train.captions]),
-        "config": {**dataclasses.asdict(config), "data": train.name},
+        "config": fields,
     }
     directory = train.cache_dir.parent / f"{train.name}-dual-encoder-{digest(made_of)}"
     build_once(directory, made_of, partial(write_model, config, progress))

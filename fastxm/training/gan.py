@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastxm.data import BatchSampler, CaptionedImages, open_dataset
+from fastxm.data import BatchSampler, CaptionedImages, open_dataset, resizing
 from fastxm.data.transforms import augment, draw
 from fastxm.models.text_to_image import TextToImage
 from fastxm.nn import synchronise, take_statistics
@@ -120,7 +120,7 @@ class GANRecipe(Recipe):
         """
         config = self.config
         self.ranks.check(config.batch_size)
-        options = {} if config.data == "emoji" else {"resize": config.resize}
+        options = resizing(config.data, config.resize)
         train = open_dataset(config.data, image_size, "train", **options)
         held_out = open_dataset(config.data, image_size, "val", **options)
         self.captions = sample_captions([train, held_out], config.samples)

@@ -118,12 +118,13 @@ def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
     assert (config.data, config.image_size) == ("here", 64)
     assert generator.config.gf == 2
     assert rest == [judge, "here"]
-    assert options == {"num_images": 7, "seed": 0, "options": {}}
+    assert options == {"num_images": 7, "seed": 0, "options": {"resize": "crop"}}
     said = capsys.readouterr().out
     for text in ("EffLite0-FD", "173.0", "1,497", "346", "among 100", "R@10", "0.750"):
         assert text in said
     report = json.loads(out.read_text())
-    assert report.pop("of") == {"steps": last_step(run), "data": "here", "num_images": 7, "seed": 0}
+    of = {"data": "here", "resize": "crop", "num_images": 7, "seed": 0}
+    assert report.pop("of") == {"steps": last_step(run), **of}
     on = report.pop("on")
     assert (on["torch"], on["fastxm"], on["GPU"]) == (torch.__version__, fastxm.__version__, None)
     assert on["cores"] >= 1
@@ -139,6 +140,55 @@ def test_evaluate_prints_both_tables(run, tmp_path, monkeypatch, capsys):
     assert "which here is not" in refused(capsys, "evaluate", *flags, *styles)
     missing = str(tmp_path / "absent")
     assert "no model in" in refused(capsys, "evaluate", *flags, "--dual-encoder", missing)
+
+
+def test_a_run_is_judged_by_pictures_made_square_as_its_own(run, folder, tmp_path, monkeypatch):
+    from fastxm import evaluation
+    from fastxm.data import open_dataset
+    from fastxm.training import dual_encoder
+
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    for i in range(8):
+        stripes = Image.new("RGB", (3, 1))
+        stripes.putdata([(255, 0, 0), (0, 255, 0), (0, 0, 255)])
+        stripes.resize((192, 64), Image.Resampling.NEAREST).save(wide / f"{i}.png")
+        (wide / f"{i}.txt").write_text(f"number {i}\n")
+    asked, greens = [], []
+
+    def judged(model, judge, data, *, num_images, seed, options):
+        greens.append(open_dataset(data, 64, progress=False, **options).images[..., 1].mean())
+        return {"distance": {}, "retrieval": {}}
+
+    judge = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(dual_encoder, "cached_dual_encoder", lambda c: asked.append(c) or judge)
+    monkeypatch.setattr(evaluation, "evaluate", judged)
+    ours = shutil.copytree(run, tmp_path / "run")
+    evaluate = ["evaluate", "--data", str(wide), "--device", "cpu", "--model"]
+    for resize, model in (("crop", ours), ("stretch", ours), ("stretch", ours / "model")):
+        values = yaml.safe_load((ours / "config.yaml").read_text())
+        (ours / "config.yaml").write_text(yaml.safe_dump({**values, "resize": resize}))
+        assert cli.main([*evaluate, str(model)]) == 0
+    assert cli.main([*evaluate, str(ours), "--resize", "crop"]) == 0
+    (ours / "config.yaml").unlink()
+    assert cli.main([*evaluate, str(ours)]) == 0
+    assert cli.main([*evaluate, str(ours), "--resize", "stretch"]) == 0
+    ways = ["crop", "stretch", "stretch", "crop", "crop", "stretch"]
+    assert [config.resize for config in asked] == ways
+    assert ["crop" if green > 200 else "stretch" for green in greens] == ways
+    # the encoder that is trained for it sees them too
+    for resize, green in (("crop", 200), ("stretch", 80)):
+        config = dual_encoder.DualEncoderTraining(data=str(wide), resize=resize)
+        train, _ = dual_encoder.pairs_of(config, False)
+        assert green < train.images[..., 1].mean() < green + 56
+
+
+def test_how_a_run_made_pictures_square_is_read_or_refused(run, tmp_path, capsys):
+    ours = shutil.copytree(run, tmp_path / "run")
+    (ours / "config.yaml").write_text("{")
+    evaluate = ["evaluate", "--model", str(ours), "--device", "cpu"]
+    assert "give --resize crop or stretch" in refused(capsys, *evaluate, "--data", "here")
+    assert "those of emoji are square" in refused(capsys, *evaluate, "--resize", "crop")
 
 
 def test_the_dual_encoder_leaves_a_model(folder, tmp_path, capsys):

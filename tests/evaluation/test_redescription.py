@@ -73,6 +73,23 @@ def test_real_pictures_and_a_generator_that_draws_them(folder, tmp_path, monkeyp
     assert found["score"]["generated"] == found["score"]["real"]
 
 
+def test_real_pictures_are_made_square_as_asked(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTXM_DATA", str(tmp_path))
+    seen = []
+
+    class Opened(Exception):
+        pass
+
+    def opened(data, size, split, **options):
+        seen.append(options)
+        raise Opened
+
+    monkeypatch.setattr(judged, "open_dataset", opened)
+    with pytest.raises(Opened):
+        evaluate_redescription(model(monkeypatch), str(folder), options={"resize": "stretch"})
+    assert seen[0]["resize"] == "stretch"
+
+
 def circle(number):
     return torch.stack([torch.sin(number / 10), torch.cos(number / 10)], 1)
 
