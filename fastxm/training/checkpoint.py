@@ -117,22 +117,29 @@ def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
     return [] if theirs == ours else [f"{name} was {theirs!r}, now {ours!r}"]
 
 
-def random_state() -> dict[str, Any]:
-    """The position of every global random generator, as plain values and tensors."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The position of the global random generators that a training on the device draws from.
+
+    Returns:
+        plain values and tensors: "cuda" is a list of the device's own, empty of a CPU.
+    """
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(np.array(keys)), *rest],
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Puts every global random generator where `random_state` found it."""
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Puts the global random generators where `random_state` found them, on this device now."""
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["cuda"]:
+        # early checkpoints hold those of all visible GPUs: the one that was drawn from is farthest
+        # from its seed (a state is a seed and an offset)
+        drawn = max(state["cuda"], key=lambda one: one.view(torch.int64)[1].item())
+        torch.cuda.set_rng_state(drawn, device)
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, numbers, *rest = state["numpy"]

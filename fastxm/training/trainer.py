@@ -158,12 +158,8 @@ def begin(recipe: Recipe, last: Path | None) -> Progress:
         progress = Progress()
     among.copy_first(list(checkpoint.tensors(recipe.state_dict())))
     if among.size > 1:
-        state = checkpoint.random_state()
-        if recipe.device.type == "cuda":  # each has a GPU of its own
-            state["cuda"] = [torch.cuda.get_rng_state(recipe.device)]
-        state = among.of_first(state)
-        state["cuda"] *= torch.cuda.device_count()
-        checkpoint.set_random_state(state)
+        state = among.of_first(checkpoint.random_state(recipe.device))
+        checkpoint.set_random_state(state, recipe.device)
     return progress
 
 
@@ -272,7 +268,7 @@ class Loop:
         self.log.sync()
         state = {
             "recipe": recipe,
-            "random": checkpoint.random_state(),
+            "random": checkpoint.random_state(self.recipe.device),
             "seconds": self.at.seconds,
             "sums": self.at.sums,
             "counts": self.at.counts,
@@ -297,7 +293,7 @@ def restore(recipe: Recipe, path: Path) -> Progress:
     """Puts a built recipe and the global random generators where a checkpoint left them."""
     step, state = checkpoint.load(path, recipe.identity())
     recipe.load_state_dict(state["recipe"])
-    checkpoint.set_random_state(state["random"])
+    checkpoint.set_random_state(state["random"], recipe.device)
     sums = {name: value.to(recipe.device) for name, value in state["sums"].items()}
     return Progress(step, state["seconds"], sums, state["counts"], state["counted"])
 

@@ -11,6 +11,7 @@ import torch
 from fastxm.training import checkpoint
 
 STATE = {"a": torch.arange(3), "b": [{"c": torch.ones(2, dtype=torch.bfloat16)}, 1.5, "x", None]}
+CPU = torch.device("cpu")
 IDENTITY = {"system": "toy", "model": {"gf": 16, "sizes": (4, 8)}}
 
 
@@ -78,7 +79,46 @@ def test_random_generators_are_put_back(tmp_path):
         return torch.rand(2).tolist(), random.random(), np.random.rand(), np.random.randn()
 
     np.random.randn()  # leaves one normal number in store
-    path = checkpoint.save(tmp_path, 1, {}, checkpoint.random_state(), keep=1)
+    path = checkpoint.save(tmp_path, 1, {}, checkpoint.random_state(CPU), keep=1)
     before = draw()
-    checkpoint.set_random_state(checkpoint.load(path, {})[1])
+    checkpoint.set_random_state(checkpoint.load(path, {})[1], CPU)
     assert draw() == before
+
+
+def offset(state):
+    return state.view(torch.int64)[1].item()
+
+
+def test_a_gpu_s_noise_goes_on_whatever_gpus_are_visible(tmp_path, monkeypatch):
+    gpus = {}
+
+    def see(count):
+        """As many GPUs, freshly seeded: a state is a seed and an offset."""
+        fresh = torch.tensor([7, 0]).view(torch.uint8)
+        gpus.update({f"cuda:{i}": fresh.clone() for i in range(count)})
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    def index(device):
+        return f"cuda:{torch.device(device).index or 0}"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: gpus[index(device)].clone())
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: gpus.update({index(device): state})
+    )
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [*gpus.values()])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: pytest.fail("all at once"))
+    see(4)
+    device = torch.device("cuda:2")
+    gpus["cuda:2"].view(torch.int64)[1] = 40  # drawn from
+    early = {**checkpoint.random_state(CPU), "cuda": torch.cuda.get_rng_state_all()}
+    for state in (checkpoint.random_state(device), early):
+        path = checkpoint.save(tmp_path, 1, {}, state, keep=1)
+        for count, now in ((1, "cuda"), (2, "cuda:1"), (4, "cuda:3")):
+            see(count)
+            checkpoint.set_random_state(checkpoint.load(path, {})[1], torch.device(now))
+            assert offset(gpus[index(now)]) == 40
+            # a training on a CPU neither has nor asks for a GPU's
+            assert checkpoint.random_state(CPU)["cuda"] == []
+            checkpoint.set_random_state(checkpoint.random_state(CPU), torch.device(now))
+            assert offset(gpus[index(now)]) == 40
