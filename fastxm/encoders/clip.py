@@ -3,8 +3,10 @@
     DIR/config.json, model.safetensors, tokenizer files              transformers
     DIR/open_clip_config.json, open_clip_model.safetensors           open_clip
 
-What is read before the image projection (the class token of a ViT) is the evidence that VDL's
-posterior sees. Weights are read from safetensors alone: nothing in them can run.
+Pixels have the mean and the std of preprocessor_config.json or of open_clip's preprocess_cfg, and
+OpenAI's where these name none. What is read before the image projection (the class token of a ViT)
+is the evidence that VDL's posterior sees. Weights are read from safetensors alone: nothing in them
+can run.
 (Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.)
 """
 
@@ -23,7 +25,7 @@ from fastxm.config import read_object
 from fastxm.encoders.bert import TextBatch
 from fastxm.encoders.frozen import Frozen, exact_convolutions, keep_spread, standard
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's, where a directory names no other
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -54,6 +56,9 @@ class Transformers(nn.Module):
             config.text_config.hidden_size,
         )
         self.width = config.projection_dim
+        kept = folder / "preprocessor_config.json"
+        pixels = read_object(kept) if kept.is_file() else {}
+        self.mean, self.std = spread(pixels, "image_mean", "image_std", kept)
 
     def image(self, pixels: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=pixels).pooler_output
@@ -88,8 +93,10 @@ class OpenCLIP(nn.Module):
             ) from error
         from safetensors.torch import load_file
 
-        config = read_object(folder / "open_clip_config.json")["model_cfg"]
-        self.model = open_clip.CLIP(**config)
+        kept = folder / "open_clip_config.json"
+        config = read_object(kept)
+        self.mean, self.std = spread(config.get("preprocess_cfg") or {}, "mean", "std", kept)
+        self.model = open_clip.CLIP(**config["model_cfg"])
         self.model.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
         projection = getattr(self.model.visual, "proj", None)
         if not isinstance(projection, nn.Parameter):
@@ -133,7 +140,8 @@ class CLIP(Frozen):
 
     Raises:
         FileNotFoundError: there is no such directory, or it has no CLIP or no weights.
-        ValueError: the model in it is another, or some of its weights are missing.
+        ValueError: the model in it is another, some of its weights are missing, or the mean or std
+            of its pixels is not one of three channels.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -151,9 +159,12 @@ class CLIP(Frozen):
             )
         self.width, self.evidence_width = self.tower.width, self.tower.evidence_width
         self.image_size = self.tower.image_size
-        keep_spread(self, MEAN, STD)
+        pixels = self.tower.mean, self.tower.std
+        keep_spread(self, *pixels)
         self.freeze()
         self.name = f"{folder.name}-{self.fingerprint()}"
+        if pixels != (MEAN, STD):
+            self.name += "".join(f"-{value}" for values in pixels for value in values)
         self.image_encoder, self.text_encoder = Images(self), Texts(self)
 
     @property
@@ -244,6 +255,22 @@ class Texts:
 def clauses(caption: str) -> list[str]:
     """Its parts between full stops and commas, one at least (LAFITE's released code)."""
     return [part.strip() for part in re.split("[.,]", caption) if part.strip()] or [caption]
+
+
+def spread(config: dict[str, Any], mean: str, std: str, where: Path) -> tuple[Any, Any]:
+    """Mean and std of the pixels of each channel under these names; OpenAI's if they are not there.
+
+    Raises:
+        ValueError: they are not three numbers each, the std above 0.
+    """
+    means, stds = config.get(mean) or MEAN, config.get(std) or STD
+    for name, values in ((mean, means), (std, stds)):
+        whole = isinstance(values, (list, tuple)) and len(values) == 3
+        if not whole or not all(isinstance(value, (int, float)) for value in values):
+            raise ValueError(f"{where}: {name} is three numbers, not {values!r}")
+    if not min(stds) > 0:
+        raise ValueError(f"{where}: {std} is above 0, not {stds!r}")
+    return tuple(means), tuple(stds)
 
 
 def present(folder: Path, *names: str) -> None:

@@ -107,6 +107,29 @@ def test_weights_of_half_precision_are_computed_with_in_float32(tmp_path, folder
     torch.testing.assert_close(embedded, CLIP(folder).embed_images(images), atol=1e-2, rtol=0)
 
 
+def test_pixels_have_the_mean_and_the_std_that_the_directory_names(tmp_path, folder, clip):
+    own = shutil.copytree(folder, tmp_path / folder.name)
+    kept = own / "preprocessor_config.json"
+    kept.write_text(json.dumps({"image_mean": [0.5, 0.25, 0.5], "image_std": [0.5, 0.5, 0.25]}))
+    images = torch.rand(2, 3, 16, 16)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.5, 0.25, 0.5], [0.5, 0.5, 0.25]))
+    found = CLIP(own)
+    theirs = CLIPModel.from_pretrained(folder)
+    with torch.no_grad():
+        expected = theirs(pixel_values=(images - mean) / std, input_ids=torch.tensor([[1, 2]]))
+        torch.testing.assert_close(found.embed_images(images), expected.image_embeds)
+    assert found.name == f"{clip.name}-0.5-0.25-0.5-0.5-0.5-0.25"  # features are cached by it
+    kept.write_text(json.dumps({"image_mean": list(MEAN), "image_std": None}))
+    assert CLIP(own).name == clip.name
+    for field, value in (("image_mean", [0.5]), ("image_mean", 0.5), ("image_std", ["a", 1, 1])):
+        kept.write_text(json.dumps({field: value}))
+        with pytest.raises(ValueError, match=rf"_config\.json: {field} is three numbers, not"):
+            CLIP(own)
+    kept.write_text(json.dumps({"image_std": [0, 1, 1]}))
+    with pytest.raises(ValueError, match="image_std is above 0"):
+        CLIP(own)
+
+
 def test_pictures_must_be_floats(clip):
     with pytest.raises(ValueError, match="images are floats"):
         clip.features(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
@@ -127,6 +150,12 @@ def test_a_model_of_open_clip(tmp_path):
     with torch.no_grad():
         expected = theirs.encode_image((images - mean) / std, normalize=True)
         torch.testing.assert_close(clip.embed_images(images), expected)
+        pixels = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5]}
+        changed = json.dumps({"model_cfg": config, "preprocess_cfg": pixels})
+        (tmp_path / "open_clip_config.json").write_text(changed)
+        mean, std = (torch.tensor(values)[:, None, None] for values in pixels.values())
+        expected = theirs.encode_image((images - mean) / std, normalize=True)
+        torch.testing.assert_close(CLIP(tmp_path).embed_images(images), expected)
         tokens = open_clip.SimpleTokenizer(context_length=12)(captions)
         expected = theirs.encode_text(tokens, normalize=True)
         torch.testing.assert_close(clip.embed_text(captions), expected)
