@@ -75,6 +75,8 @@ class GANTraining:
         for name in ("lr_g", "lr_d"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is in [0, 1), not {self.ema_decay}")
         if self.d_warmup < 0:
             raise ValueError(f"d_warmup must be at least 0, not {self.d_warmup}")
 

@@ -53,9 +53,10 @@ class XMCGANTraining(GANTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pixel_steps < 0 or self.pixel_weight < 0:
-            which = "pixel_steps" if self.pixel_steps < 0 else "pixel_weight"
-            raise ValueError(f"{which} must be at least 0, not {getattr(self, which)}")
+        parts = ("word", "sentence", "image", "pretrained", "pixel")
+        for name in ("pixel_steps", *(f"{part}_weight" for part in parts)):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.pixel_steps and not self.pixel_weight:
             raise ValueError(f"{self.pixel_steps} pixel_steps need a pixel_weight above 0")
         for name in ("d_steps_per_g", "pretrained_size"):

@@ -278,6 +278,7 @@ def test_other_vocabularies_are_refused(folder, stages, tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"lr_d": 0.0}, "lr_d must be above 0"),
         ({"stream_weight": -1.0}, "stream_weight must be at least 0"),
+        ({"ema_decay": 2.0}, r"ema_decay is in \[0, 1\), not 2.0"),
     ],
 )
 def test_bad_settings_are_refused(fields, message):
