@@ -7,13 +7,13 @@ unless pictures are mirrored or there are too many of them.
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastxm.data import CaptionedImages, open_dataset
+from fastxm.data import CaptionedImages, open_dataset, resizing
 from fastxm.data.image_features import image_features
 from fastxm.data.subsets import principal
 from fastxm.data.vocabulary import UNKNOWN, Tokens, Vocabulary
@@ -34,6 +34,8 @@ class CaptionTraining:
     """"emoji", or a folder or tar shards of captioned pictures."""
     image_size: int = 256
     """Side of the pictures, before the image encoder resizes them."""
+    resize: Literal["crop", "stretch"] = "crop"
+    """Of pictures in a folder or tars: cut the middle square, or keep all, out of proportion."""
     batch_size: int = 48
     """Pairs in an update, of all processes together."""
     lr: float = 2e-3
@@ -103,8 +105,10 @@ class CaptionRecipe(Recipe):
         config = self.config
         self.ranks.check(config.batch_size)
         seed_all(config.seed, self.device)
+        options = resizing(config.data, config.resize)
         train, self.held = (
-            open_dataset(config.data, config.image_size, part) for part in ("train", "val")
+            open_dataset(config.data, config.image_size, part, **options)
+            for part in ("train", "val")
         )
         texts = (caption for captions in train.captions for caption in captions)
         vocabulary = Vocabulary.of(texts, config.min_count)

@@ -21,8 +21,6 @@ from fastxm.training.precision import Precision, autocast, pick_device, pick_pre
 from fastxm.training.recipe import Player, Recipe, Samples, State
 from fastxm.training.trainer import LoopConfig
 
-# fields, at their defaults, of which runs from before they were there say nothing
-LATER = (("resize", "crop"), ("pixel_weight", 0.0), ("pixel_steps", 0))
 STATISTICS = 64  # batches that the moving average's own statistics are taken over
 
 
@@ -100,10 +98,6 @@ class GANRecipe(Recipe):
         precision = pick_precision(config.precision, self.device)
         self.config = replace(config, precision=precision)
         self.images_per_step = config.batch_size
-
-    def identity(self) -> dict[str, Any]:
-        made = super().identity()
-        return {name: value for name, value in made.items() if (name, value) not in LATER}
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:

@@ -276,7 +276,8 @@ def numbered(dataset: CaptionedImages, vocabulary: Vocabulary, words: int) -> To
 
 def stages_before(config: MirrorGANTraining, out: Path) -> list[Stage]:
     """The stages that no run is given of; one that has begun in `out` keeps its configuration."""
-    asked = {"data": config.data, "device": config.device, "image_size": config.model.image_size}
+    asked = {name: getattr(config, name) for name in ("data", "resize", "device", "seed")}
+    asked["image_size"] = config.model.image_size
     stages = []
     for name, (recipe, training) in BEFORE.items():
         if getattr(config, name):

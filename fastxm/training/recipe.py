@@ -13,6 +13,8 @@ from fastxm.training.config import plain
 from fastxm.training.ranks import Ranks
 
 State = dict[str, Any]
+# fields, at their defaults, of which runs from before they were there say nothing
+LATER = (("resize", "crop"), ("pixel_weight", 0.0), ("pixel_steps", 0))
 
 
 class Batches(Protocol):
@@ -103,7 +105,11 @@ class Recipe(ABC):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this recipe to be resumed by it; plain values."""
         fields = plain(self.config)
-        bound = {name: value for name, value in fields.items() if name not in self.unbound}
+        bound = {
+            name: value
+            for name, value in fields.items()
+            if name not in self.unbound and (name, value) not in LATER
+        }
         return {"system": self.system, **bound}
 
     def sample(self) -> Samples | None:

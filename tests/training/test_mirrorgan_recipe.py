@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from eye import Eye
+from PIL import Image
 from torch.nn import functional as F
 
 import fastxm.encoders
@@ -16,7 +17,7 @@ from fastxm.models.mirrorgan import GLAMConfig
 from fastxm.models.stream import STREAMConfig
 from fastxm.training.captions import hide
 from fastxm.training.damsm import DAMSMRecipe, DAMSMTraining
-from fastxm.training.mirrorgan import MirrorGANRecipe, MirrorGANTraining
+from fastxm.training.mirrorgan import MirrorGANRecipe, MirrorGANTraining, stages_before
 from fastxm.training.stream import STREAMRecipe, STREAMTraining
 from fastxm.training.trainer import LoopConfig, train
 
@@ -235,6 +236,29 @@ def test_a_resumed_run_is_the_unbroken_one(folder, stages, tmp_path):
         assert (again.out / name).read_bytes() == (whole.out / name).read_bytes(), name
     model = MirrorGAN.from_pretrained(whole.model)
     assert model.generate(["a red picture"], seed=0).shape == (1, 3, 64, 64)
+
+
+def test_stages_before_have_the_seed_and_the_pictures_of_the_gan(folder, tmp_path):
+    ours = replace(recipe(folder, {}).config, resize="stretch", seed=7, stages="birds")
+    made = [stage.recipe().config for stage in stages_before(ours, tmp_path)]
+    assert [(each.seed, each.resize) for each in made] == [(7, "stretch")] * 2
+    assert [each.data for each in made] == [str(folder)] * 2
+
+
+def test_a_stage_sees_pictures_as_it_is_told_and_goes_on_as_before(cache, tmp_path):
+    (tmp_path / "wide").mkdir()
+    for i in range(4):
+        picture = Image.linear_gradient("L").resize((64, 128))
+        picture.save(tmp_path / "wide" / f"{i}.png")
+        (tmp_path / "wide" / f"{i}.txt").write_text(f"number {i}\n")
+    seen = []
+    for resize in ("crop", "stretch"):
+        made = damsm(tmp_path / "wide", batch_size=2, resize=resize)
+        made.build()
+        seen.append(made.batches.dataset.image(0)[0, :, 0])
+        # a checkpoint from before says nothing of it
+        assert ("resize" in made.identity()) == (resize == "stretch")
+    assert seen[0][0] > 0.2 > seen[1][0]
 
 
 def test_other_stages_are_refused(folder, stages, tmp_path):
