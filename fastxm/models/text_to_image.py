@@ -87,12 +87,14 @@ class TextToImage(Pretrained):
             if value not in known:
                 raise ValueError(f"{name} is one of {known}, not {value!r}")
         noise = self.noise(len(captions), num_images, seed)
-        text = [part.repeat_interleave(num_images, 0) for part in self.encode(captions, batch_size)]
         device, dtype = self.device, PRECISIONS[precision]
         network = torch.compile(self.generator) if compile else self.generator
-        rows = zip(*(part.split(batch_size) for part in (noise.to(device), *text)))
-        with evaluating(self.generator), torch.autocast(device.type, dtype, enabled=bool(dtype)):
-            images = torch.cat([self.picture(network(*row)).float().cpu() for row in rows])
+        with evaluating(self):
+            encoded = self.encode(captions, batch_size)
+            text = [part.repeat_interleave(num_images, 0) for part in encoded]
+            rows = zip(*(part.split(batch_size) for part in (noise.to(device), *text)))
+            with torch.autocast(device.type, dtype, enabled=bool(dtype)):
+                images = torch.cat([self.picture(network(*row)).float().cpu() for row in rows])
         return to_pil(images) if output == "pil" else images
 
     def encode(self, captions: list[str], batch_size: int) -> list[Tensor]:
@@ -121,13 +123,14 @@ def check_captions(captions: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the mode it had outside."""
-    training = network.training
+    """Eval mode inside, the mode that each of its parts had outside."""
+    modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         yield
     finally:
-        network.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def to_pil(images: Tensor) -> list[Any]:

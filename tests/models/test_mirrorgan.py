@@ -180,6 +180,16 @@ def test_generate_is_a_function_of_seed_and_caption():
     assert set(" ".join(described).split()) <= set(VOCABULARY)
 
 
+def test_generate_repeats_in_training_and_leaves_every_part_in_its_mode():
+    model = tiny().train()  # as it is built, with STEM's dropout
+    model.stream.eval()
+    modes = [module.training for module in model.modules()]
+    first = model.generate(["a red apple"], seed=0)
+    assert torch.equal(model.generate(["a red apple"], seed=0), first)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model.eval().generate(["a red apple"], seed=0), first)
+
+
 def test_saved_and_loaded(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
