@@ -52,7 +52,9 @@ def split_of(name: str) -> str:
 
 
 def flatten(image: Image.Image, background: str = "white") -> Image.Image:
-    """The picture as RGB, its transparent parts over a colour."""
+    """The picture as RGB of 8 bits, its transparent parts over a colour."""
+    if image.mode.startswith("I"):  # greys of 16 bits, which `convert` would cut off at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         under = Image.new("RGBA", image.size, background)

@@ -9,6 +9,7 @@ from fixtures import write_folder, write_picture
 from PIL import Image
 
 from fastxm.data import CaptionedImages, open_dataset, prepare
+from fastxm.data.pictures import flatten
 
 
 def both(root, cache, **options) -> dict[str, CaptionedImages]:
@@ -129,6 +130,18 @@ def test_transparent_grey_and_turned_pictures(tmp_path):
     assert pixels["clear.png"].min() == 255
     assert (pixels["grey.png"] == 100).all()
     assert (pixels["turned.png"][0, 0, 0], pixels["turned.png"][7, 0, 0]) == (0, 255)
+
+
+def test_greys_of_16_bits_keep_their_scale(tmp_path):
+    greys = {"black": 0, "dark": 257, "middle": 100 * 257, "white": 65535}
+    for name, grey in greys.items():
+        pixels = np.full((8, 8), grey, np.uint16)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+        assert (np.asarray(flatten(Image.fromarray(pixels.astype(np.int32)))) == grey / 257).all()
+    pixels = {i: image for ds in both(tmp_path, tmp_path / "cache").values()
+              for i, image in zip(ds.ids, ds.images)}  # fmt: skip
+    assert all((pixels[f"{name}.png"] == grey / 257).all() for name, grey in greys.items())
 
 
 def test_crop_cuts_and_stretch_keeps(tmp_path):
