@@ -99,7 +99,12 @@ def captioned_files(root: Path) -> Iterator[tuple[Path, list[str]]]:
 def rows_of(table: Path) -> Iterator[dict[str, Any]]:
     with utf8(table), table.open(encoding="utf-8-sig", newline="") as file:
         if table.suffix == ".csv":
-            yield from csv.DictReader(file)
+            rows = csv.DictReader(file)
+            try:
+                yield from rows
+            except csv.Error as error:
+                where = f"{table}:{rows.line_num}"
+                raise ValueError(f"{where} is not CSV: {error}; is a quote open?") from error
             return
         for number, line in enumerate(file, 1):
             if line.strip():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastxm.encoders.frozen import Frozen
+from fastxm.encoders.frozen import Frozen, reading
 
 SENTENCES = ("masked_mean", "reference")
 
@@ -43,7 +43,8 @@ class BERT(Frozen):
         width: E.
 
     Raises:
-        ValueError: no such sentence vector, or max_length leaves no room.
+        ValueError: no such sentence vector, max_length leaves no room, or the weights are damaged
+            or of another size.
         FileNotFoundError: the model is neither on disk nor within reach.
     """
 
@@ -114,16 +115,17 @@ def load(source: str | os.PathLike[str]) -> tuple[Any, Any]:
         raise ImportError("text encoders need transformers: pip install transformers") from error
     directory = find(source)
     logging.disable_progress_bar()  # of reading weights that are here
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = AutoModel.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{directory} holds no text encoder: config.json, tokenizer files, model.safetensors"
-        ) from error
-    return model, tokenizer
+    local: Any = {"local_files_only": True}
+    with reading(directory):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, **local)
+            local |= {"use_safetensors": True, "dtype": torch.float32}
+            return AutoModel.from_pretrained(directory, **local), tokenizer
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{directory} holds no text encoder: "
+                "config.json, tokenizer files, model.safetensors"
+            ) from error
 
 
 def find(source: str | os.PathLike[str]) -> Path:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastxm.config import read_object
 from fastxm.encoders.bert import TextBatch
-from fastxm.encoders.frozen import Frozen, exact_convolutions, keep_spread, standard
+from fastxm.encoders.frozen import Frozen, exact_convolutions, keep_spread, reading, standard
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's, where a directory names no other
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -42,8 +42,9 @@ class Transformers(nn.Module):
             raise ValueError(f"{folder} holds a model of type {kind!r}, not a CLIP")
         read: Any = CLIPModel.from_pretrained
         options: Any = {"local_files_only": True}
-        reading = {"use_safetensors": True, "output_loading_info": True, **options}
-        model, found = read(folder, dtype=torch.float32, **reading)  # whatever it is kept in
+        safely = {"use_safetensors": True, "output_loading_info": True, **options}
+        with reading(folder):
+            model, found = read(folder, dtype=torch.float32, **safely)  # whatever it is kept in
         if missing := ", ".join(sorted(found["missing_keys"])[:3]):
             raise ValueError(f"{folder} holds no whole CLIP: its weights lack {missing}")
         self.model: Any = model
@@ -96,8 +97,11 @@ class OpenCLIP(nn.Module):
         kept = folder / "open_clip_config.json"
         config = read_object(kept)
         self.mean, self.std = spread(config.get("preprocess_cfg") or {}, "mean", "std", kept)
+        if "model_cfg" not in config:
+            raise ValueError(f"{kept} has no model_cfg: it is not of open_clip")
         self.model = open_clip.CLIP(**config["model_cfg"])
-        self.model.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
+        with reading(folder):
+            self.model.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
         projection = getattr(self.model.visual, "proj", None)
         if not isinstance(projection, nn.Parameter):
             raise ValueError(f"{folder}: only image towers that end in a projection are supported")
@@ -140,8 +144,8 @@ class CLIP(Frozen):
 
     Raises:
         FileNotFoundError: there is no such directory, or it has no CLIP or no weights.
-        ValueError: the model in it is another, some of its weights are missing, or the mean or std
-            of its pixels is not one of three channels.
+        ValueError: the model in it is another, some of its weights are missing, damaged or of
+            another size, or the mean or std of its pixels is not one of three channels.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:

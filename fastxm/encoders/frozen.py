@@ -5,10 +5,12 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -42,6 +44,18 @@ def keep_spread(network: nn.Module, mean: Sequence[float], std: Sequence[float])
 def standard(network: Any, images: Tensor) -> Tensor:
     """Images [B, 3, H, W] less the network's mean, over its spread."""
     return (images - network.mean.to(images.dtype)) / network.std.to(images.dtype)
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Names the folder where the weights in it are damaged, or do not fit their configuration."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged: {error}") from error
+    except RuntimeError as error:  # what PyTorch and transformers raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the weights in {folder} do not fit their config: {reason}") from error
 
 
 @contextlib.contextmanager

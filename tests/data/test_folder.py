@@ -185,6 +185,15 @@ def test_bad_metadata_and_arguments(tmp_path):
             open_dataset(root, 8)
 
 
+def test_a_table_that_is_no_csv_is_named(tmp_path):
+    for picture in "ab":
+        write_picture(tmp_path / f"{picture}.png", "green")
+    rest = "b.png,b\n" * 20_000  # which an open quote takes for its own
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\na.png,"an open quote\n{rest}')
+    with pytest.raises(ValueError, match=r"metadata\.csv:\d+ is not CSV: field larger than"):
+        open_dataset(tmp_path, 8)
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "a.txt"])
 def test_text_that_is_not_utf_8_is_named(tmp_path, name):
     for picture in "ab":

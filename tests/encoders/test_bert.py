@@ -97,3 +97,11 @@ def test_any_bert_from_a_directory(tmp_path):
     assert batch.lengths.tolist() == [5, 6]
     with pytest.raises(ValueError, match="3 to 20"):
         text_encoder(tmp_path, max_length=21)
+    config.hidden_size = 64
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="do not fit their config"):
+        text_encoder(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="are damaged"):
+        text_encoder(tmp_path)

@@ -98,6 +98,19 @@ def test_models_that_are_none(tmp_path, folder):
         CLIP(part)
 
 
+def test_weights_that_are_damaged_or_do_not_fit_are_one_error(tmp_path, folder):
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"the weights in .*cut are damaged"):
+        CLIP(cut)
+    wide = shutil.copytree(folder, tmp_path / "wide")
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "projection_dim": 7}))
+    with pytest.raises(ValueError, match=r"the weights in .*wide do not fit their config"):
+        CLIP(wide)
+
+
 def test_weights_of_half_precision_are_computed_with_in_float32(tmp_path, folder):
     half = shutil.copytree(folder, tmp_path / "half")
     CLIPModel.from_pretrained(folder).half().save_pretrained(half)
@@ -159,3 +172,10 @@ def test_a_model_of_open_clip(tmp_path):
         tokens = open_clip.SimpleTokenizer(context_length=12)(captions)
         expected = theirs.encode_text(tokens, normalize=True)
         torch.testing.assert_close(clip.embed_text(captions), expected)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no model_cfg"):
+        CLIP(tmp_path)
+    wide = json.dumps({"model_cfg": {**config, "embed_dim": 7}})
+    (tmp_path / "open_clip_config.json").write_text(wide)
+    with pytest.raises(ValueError, match="do not fit their config"):
+        CLIP(tmp_path)
