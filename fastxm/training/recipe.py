@@ -14,7 +14,10 @@ from fastxm.training.ranks import Ranks
 
 State = dict[str, Any]
 # fields, at their defaults, of which runs from before they were there say nothing
-LATER = (("resize", "crop"), ("pixel_weight", 0.0), ("pixel_steps", 0))
+LATER = (
+    *(("resize", "crop"), ("pixel_weight", 0.0), ("pixel_steps", 0)),
+    ("pretrained_encoder", "efficientnet-lite0"),
+)
 
 
 class Batches(Protocol):

@@ -43,9 +43,11 @@ class XMCGANTraining(GANTraining):
     image_weight: float = 1.0
     """Weight of the image-image loss in the discriminator's space."""
     pretrained_weight: float = 1.0
-    """Weight of the image-image loss in EfficientNet-Lite0's space."""
+    """Weight of the image-image loss in a pretrained network's space, of its class logits."""
+    pretrained_encoder: str = "efficientnet-lite0"
+    """That network: efficientnet-lite0, or a file of torchvision's ResNet-50."""
     pretrained_size: int = 224
-    """Side of the pictures that EfficientNet-Lite0 is given."""
+    """Side of the pictures that it is given."""
     pixel_weight: float = 0.0
     """Weight of the mean difference of pixels from the real picture's, for the generator."""
     pixel_steps: int = 0
@@ -80,6 +82,7 @@ class XMCGANRecipe(GANRecipe):
 
     def build(self) -> None:
         config = self.config
+        self.features = self.pretrained() if config.pretrained_weight else None
         seed_all(config.seed, self.device)
         encoder = text_encoder(
             config.model.text_encoder,
@@ -100,7 +103,6 @@ class XMCGANRecipe(GANRecipe):
             "discriminator": self.player(model.discriminator, config.lr_d),
         }
         self.average_from(model)
-        self.features = self.pretrained() if config.pretrained_weight else None
         if config.compile:
             self.compile()
 
@@ -111,8 +113,8 @@ class XMCGANRecipe(GANRecipe):
         return batch["words"], batch["sentence"], batch["lengths"]
 
     def pretrained(self) -> FrozenImages:
-        size = self.config.pretrained_size
-        return image_encoder("efficientnet-lite0", image_size=size).to(self.device)
+        source, size = self.config.pretrained_encoder, self.config.pretrained_size
+        return image_encoder(source, image_size=size).to(self.device)
 
     def compile(self) -> None:
         # two gradients are taken from one forward: its buffers may not be given away by the first

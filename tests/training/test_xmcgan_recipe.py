@@ -266,6 +266,17 @@ def test_a_loss_of_weight_0_is_left_out(folder, loss):
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
+def test_the_pretrained_network_is_named_and_missed_before_all_else(folder, monkeypatch):
+    asked = []
+    given = lambda source, **options: asked.append((source, options)) or nn.Identity()  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(xmcgan, "image_encoder", given)
+        recipe(folder, pretrained_weight=1.0, pretrained_encoder="r.pth").build()
+    assert asked == [("r.pth", {"image_size": 224})]
+    with pytest.raises(FileNotFoundError, match=r"or a file, not absent\.pth"):
+        recipe(folder / "none", pretrained_weight=1.0, pretrained_encoder="absent.pth").build()
+
+
 def test_the_pretrained_loss_reaches_the_generator(folder, monkeypatch):
     class Frozen(nn.Module):
         def logits(self, images):
@@ -409,7 +420,7 @@ def test_pictures_of_a_folder_may_be_stretched(folder, tmp_path):
         ours.build()
         found[resize] = ours.batches.dataset.image(0)
     assert found["stretch"].amin() < 0.05 < 0.2 < found["crop"].amin()
-    later = {"resize", "pixel_weight", "pixel_steps"}
+    later = {"resize", "pixel_weight", "pixel_steps", "pretrained_encoder"}
     assert not later & recipe(folder).identity().keys()  # as in checkpoints of before
     kept = checkpoint.save(tmp_path / "kept", 1, recipe(folder).identity(), {}, 1)
     with pytest.raises(ValueError, match="resize was None, now 'stretch'"):
