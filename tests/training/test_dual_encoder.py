@@ -1,17 +1,24 @@
 """The dual encoder's training: concepts come apart, and the same run gives the same heads."""
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from fastxm.encoders.dual import DualEncoder, DualEncoderConfig
 from fastxm.training.dual_encoder import (
     DualEncoderTraining,
+    Pairs,
     cached_dual_encoder,
+    fit,
     groups,
     train_dual_encoder,
 )
+from fastxm.training.ranks import Ranks
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
 SMALL = DualEncoderConfig(hidden=16, width=8)
@@ -57,6 +64,46 @@ def test_training_separates_concepts_and_repeats(folder, cache, monkeypatch):
         assert torch.equal(cached.state_dict()[key], value), key
     monkeypatch.setattr("fastxm.training.dual_encoder.fit", None)
     cached_dual_encoder(config, progress=False)
+
+
+def test_updates_follow_a_cosine_and_leave_one_concept_s_pairs_out(monkeypatch):
+    torch.set_default_dtype(torch.float64)
+    try:
+        plain = {"image_width": 5, "text_width": 3, "image_dropout": 0.0, "text_dropout": 0.0}
+        ours = DualEncoder(DualEncoderConfig(hidden=6, width=4, **plain))
+        images, text, labels = torch.randn(8, 5), torch.randn(8, 3), torch.tensor([0, 1, 1, 2] * 2)
+        monkeypatch.setattr(torch, "randperm", torch.arange)
+        pairs = Pairs(images, None, np.arange(8), np.ones(8, int), labels, [""] * 8)
+        monkeypatch.setattr(Pairs, "sentences", lambda self, index, number: text[index])
+        theirs = copy.deepcopy(ours)
+        fit(ours, pairs, DualEncoderTraining(epochs=3, batch_size=4), False, Ranks())
+
+        seen = (images - images.mean(0)) / images.std(0)
+        said = F.normalize(text, dim=1) * math.sqrt(3)
+        matrices = [p for p in theirs.parameters() if p.ndim == 2]
+        others = [p for p in theirs.parameters() if p.ndim < 2]
+        adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+            1e-3,
+            (0.9, 0.999),
+        )
+        for update in range(6):
+            rows = slice(4 * (update % 2), 4 * (update % 2) + 4)
+            a, b = theirs.image_head(seen[rows]), theirs.text_head(said[rows])
+            scores = theirs.logit_scale.exp() * F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+            alike = (labels[rows, None] == labels[rows]) & ~torch.eye(4, dtype=torch.bool)
+            assert alike.any()
+            scores, right = scores.masked_fill(alike, -torch.inf), torch.arange(4)
+            loss = (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+            adam.zero_grad()
+            loss.backward()
+            for group in adam.param_groups:
+                group["lr"] = 1e-3 * (1 + math.cos(math.pi * update / 6)) / 2
+            adam.step()
+        found, expected = (dict(network.named_parameters()) for network in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_only_matrices_decay():

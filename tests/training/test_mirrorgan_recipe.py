@@ -1,5 +1,6 @@
 """MirrorGAN's stages and its update, against one written out here; resuming; other vocabularies."""
 
+import copy
 import functools
 from dataclasses import replace
 
@@ -126,6 +127,93 @@ def test_the_learning_rate_falls_with_each_pass(folder):
     assert seen == [max(0.5 ** int(k / each), 0.2) for k in range(1, 13)]
 
 
+@pytest.fixture
+def double():
+    # in float64 the steps of Adam, nearly signs, do not hang on rounding where a gradient is 0
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def same(player, network, optimizer) -> None:
+    """Weights, statistics, and the gradients that the optimisers remember."""
+    options = {"rtol": 1e-6, "atol": 1e-7, "check_dtype": False}
+    found, theirs = dict(player.network.state_dict()), dict(network.state_dict())
+    torch.testing.assert_close(found, theirs, **options)
+    found, theirs = (o.state_dict()["state"] for o in (player.optimizer, optimizer))
+    torch.testing.assert_close(found, theirs, **options)
+
+
+def matched(regions, words, lengths, image, sentence, labels):
+    """DAMSM's word and sentence losses (AttnGAN, eqs. 7 to 14), gammas of 4, 5 and 10."""
+    rows = []
+    for text, length in zip(words, lengths):
+        s = torch.einsum("brd,td->brt", regions, text[:length])
+        attention = (4 * s.softmax(2)).softmax(1)
+        context = torch.einsum("brt,brd->btd", attention, regions)
+        cosines = F.cosine_similarity(context, text[:length].expand_as(context), dim=2)
+        rows.append((5 * cosines).exp().sum(1).log())
+    cosines = F.cosine_similarity(image[:, None], sentence, dim=2)
+    target = torch.arange(len(labels))
+    alike = (labels[:, None] == labels) & (target[:, None] != target)
+    both = [(10 * s).masked_fill(alike, -torch.inf) for s in (torch.stack(rows), cosines)]
+    return [F.cross_entropy(s, target) + F.cross_entropy(s.T, target) for s in both]
+
+
+def prepared(ours, steps):
+    """As many batches as steps, their pictures in the default dtype; what is drawn comes again."""
+    for batch, _ in zip(ours.batches, range(steps)):
+        batch["image"] = batch["image"].double()
+        state = torch.get_rng_state()
+        ours.step(batch)
+        torch.set_rng_state(state)
+        yield batch
+
+
+def test_updates_of_damsm(folder, double):
+    made = damsm(folder, cache=False)
+    made.build()
+    made.labels = made.labels % 2  # so that pictures of a batch are of one concept
+    plain = copy.deepcopy(made.model)
+    adam = torch.optim.Adam(plain.parameters(), 2e-3, (0.5, 0.999))
+    for step, batch in enumerate(prepared(made, 5), 1):
+        maps = Eye().features(batch["image"])
+        text = plain.stem.read(batch["tokens"], batch["lengths"])
+        regions, image = plain.project(maps[0].flatten(2).mT, maps[1].flatten(1))
+        labels = made.labels[batch["index"]]
+        assert len(labels.unique()) < 4
+        losses = matched(regions, text.words, text.lengths, image, text.sentence, labels)
+        adam.zero_grad()
+        sum(losses).backward()
+        gradients = [p.grad for p in plain.stem.parameters()]
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        assert norm > 0.25
+        for g in gradients:
+            g.mul_(0.25 / norm)
+        adam.param_groups[0]["lr"] = 2e-3 * 0.98 ** (step * 4 // 13)  # of 13 pictures
+        adam.step()
+        same(made.players["damsm"], plain, adam)
+
+
+def test_updates_of_stream(folder, double):
+    made = stream(folder, cache=False)
+    made.build()
+    plain = copy.deepcopy(made.model)
+    adam = torch.optim.Adam(plain.parameters(), 1e-3, (0.9, 0.999))
+    for batch in prepared(made, 5):
+        seen = plain.norm(plain.image(Eye()(batch["image"])))
+        total = torch.zeros(())
+        for start, tokens, length in zip(seen, batch["tokens"], batch["lengths"]):
+            words = plain.embedding(tokens[:length])
+            states, _ = plain.lstm(torch.cat([start[None], words]))
+            said = F.pad(tokens[:length], (0, 1))  # the end is word 0
+            total = total + F.cross_entropy(plain.word(states), said, reduction="sum")
+        adam.zero_grad()
+        (total / (batch["lengths"] + 1).sum()).backward()
+        adam.step()
+        same(made.players["stream"], plain, adam)
+
+
 def bce(logits, target):
     return F.binary_cross_entropy(logits.sigmoid(), torch.full_like(logits, target))
 
@@ -159,6 +247,60 @@ def test_the_losses_are_the_published_ones(folder, stages):
     torch.testing.assert_close(parts["stream"], surprise)
     total = expected + 0.5 * kl + 3 * surprise + 2 * (parts["word"] + parts["sentence"])
     torch.testing.assert_close(loss, total)
+
+
+@pytest.mark.parametrize("fields", [{}, {"damsm_weight": 5.0}])
+def test_updates_of_mirrorgan(folder, stages, double, fields):
+    ours = recipe(folder, stages, **fields)
+    ours.build()
+    if fields:
+        ours.labels = ours.labels % 2
+    plain = copy.deepcopy(ours.model)
+    networks = dict(zip(("generator", "discriminator-16", "discriminator-32", "discriminator-64"),
+                        (plain.generator, *plain.discriminators)))  # fmt: skip
+    adams = {
+        name: torch.optim.Adam(network.parameters(), 2e-4, (0.5, 0.999))
+        for name, network in networks.items()
+    }
+    average = {name: p.detach().clone() for name, p in plain.generator.named_parameters()}
+
+    def descend(name, loss):
+        adams[name].zero_grad()
+        loss.backward(inputs=list(networks[name].parameters()), retain_graph=True)
+        adams[name].step()
+
+    for batch in prepared(ours, 2):
+        words, sentence, lengths = text = plain.damsm.stem.read(batch["tokens"], batch["lengths"])
+        drawn, labels = plain.generator(torch.randn(4, 8), *text), ours.labels[batch["index"]]
+        other = labels != labels.roll(1)
+        assert other.any()
+        assert other.all() != bool(fields)
+        for side, fake in zip((16, 32, 64), drawn.images):
+            judge, real = networks[f"discriminator-{side}"], batch["image"]
+            if side < 64:
+                real = F.interpolate(real, (side, side), mode="bilinear", antialias=True)
+            # real pictures go through once: batch normalisation keeps what it has seen
+            alone, right, wrong = judge(real, sentence, sentence.roll(1, 0))
+            fake_alone, beside = judge(fake.detach(), sentence)
+            loss = (bce(alone, 1.0) + bce(right, 1.0)) / 2
+            loss = loss + (bce(fake_alone, 0.0) + bce(beside, 0.0) + bce(wrong[other], 0.0)) / 3
+            descend(f"discriminator-{side}", loss)
+        mean, log_var = drawn.mean, drawn.log_var
+        loss = -0.5 * (1 + log_var - mean**2 - log_var.exp()).mean()
+        for judge, images in zip(plain.discriminators, drawn.images):
+            loss = loss + sum(bce(logits, 1.0) for logits in judge(images, sentence))
+        maps = Eye().features(drawn.images[-1])
+        nll = plain.stream.nll(maps[1].flatten(1), batch["tokens"], lengths)
+        loss = loss + 20 * nll.sum() / (lengths + 1).sum()
+        if fields:
+            regions, image = plain.damsm.project(maps[0].flatten(2).mT, maps[1].flatten(1))
+            loss = loss + 5 * sum(matched(regions, words, lengths, image, sentence, labels))
+        descend("generator", loss)
+        for name, network in networks.items():
+            same(ours.players[name], network, adams[name])
+        for name, p in plain.generator.named_parameters():
+            average[name] = 0.999 * average[name] + 0.001 * p.detach()
+    torch.testing.assert_close(dict(ours.ema.network.named_parameters()), average)
 
 
 def test_wrong_pairs_are_of_other_concepts(folder, stages):
