@@ -325,25 +325,34 @@ class LAFITERecipe(GANRecipe):
         with autocast(config.precision, self.device):
             fake = self.draw_pictures(condition)
             judged = self.discriminator(self.augmented(fake), condition)
-        parts = {"g_gan": self.shares.share * self.adversarial[0](judged.logits)}
-        total = parts["g_gan"]
-        if config.encoder_weight or config.picture_weight:
-            seen = self.see(fake)
-        if config.encoder_weight:
-            parts["g_encoder"] = self.contrast(seen, text)
-            total = total + config.encoder_weight * parts["g_encoder"]
+        gan = self.shares.share * self.adversarial[0](judged.logits)
+        weights = self.seen_weights()
+        parts = self.seen_losses(fake, text, batch, weights)
         if config.semantic_weight:
             parts["g_semantic"] = self.contrast(judged.semantic, condition)
-            total = total + config.semantic_weight * parts["g_semantic"]
-        if config.picture_weight:
-            parts["g_picture"] = self.contrast(seen, batch["embedding"])
-            total = total + config.picture_weight * parts["g_picture"]
         if config.feature_weight:
             with torch.no_grad(), autocast(config.precision, self.device):
                 of_real = self.discriminator(self.augmented(batch["image"]), condition).semantic
             parts["g_feature"] = self.contrast(judged.semantic, of_real)
-            total = total + config.feature_weight * parts["g_feature"]
-        return total, parts, (condition.detach(), fake.detach())
+        weights |= {"g_semantic": config.semantic_weight, "g_feature": config.feature_weight}
+        total = sum((weights[name] * part for name, part in parts.items()), gan)
+        return total, {"g_gan": gan, **parts}, (condition.detach(), fake.detach())
+
+    def seen_weights(self) -> dict[str, float]:
+        """Of the generator's losses in the encoder's space."""
+        return {"g_encoder": self.config.encoder_weight, "g_picture": self.config.picture_weight}
+
+    def seen_losses(
+        self, fake: Tensor, text: Tensor, batch: Batch, weights: dict[str, float]
+    ) -> dict[str, Tensor]:
+        """Losses of drawn pictures in the encoder's space, those whose weight is not 0."""
+        names = [name for name, weight in weights.items() if weight]
+        seen = self.see(fake) if names else fake
+        return {name: self.seen_loss(name, seen, text, batch) for name in names}
+
+    def seen_loss(self, name: str, seen: Tensor, text: Tensor, batch: Batch) -> Tensor:
+        """One of them, of embeddings [B, D] of drawn pictures and of their texts."""
+        return self.contrast(seen, batch["embedding"] if name == "g_picture" else text)
 
     def discriminator_update(self, batch: Batch, drawn: Drawn) -> dict[str, Tensor]:
         config, (condition, fake) = self.config, drawn

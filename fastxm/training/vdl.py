@@ -4,7 +4,7 @@
     posterior      stage 2a: the networks stay, q learns
                        kx (1 - cos(f(G), z)) + lc C(f(G), t) + beta KL(q || p) / D
     refinement     stage 2b: q stays, LAFITE goes on with t ~ q, and t ~ p for a share of pictures
-    joint          instead of 2a and 2b: both at once
+    joint          instead of 2a and 2b: the losses of both at once, of the same drawings
 
 Pictures with captions that may be learnt from give, instead of a sample, their text, and posterior
 and prior learn of batches of such pairs: of -log q(t | x, z) and -log p(t | z), and of finding a
@@ -163,24 +163,31 @@ class VDLRecipe(LAFITERecipe):
             group["lr"] = self.config.posterior_lr * 0.1**progress
         q = self.posterior(batch)
         loss, parts = self.posterior_loss(batch, q, progress)
-        if self.config.reconstruction_weight or self.config.alignment_weight:
-            own, more = self.reconstruction(batch, q)
-            loss, parts = loss + own, {**more, **parts}
+        if any(self.drawn_weights.values()):
+            noise = self.noise(len(batch["image"]))
+            text = self.with_captions(batch, q.sample(noise), noise)
+            with autocast(self.config.precision, self.device):
+                fake = self.draw_pictures(self.condition(batch, text))
+            drawn = self.seen_losses(fake, text, batch, self.drawn_weights)
+            loss = sum((self.drawn_weights[name] * part for name, part in drawn.items()), loss)
+            parts = {**drawn, **parts}
         self.apply("posterior", loss)
         return {"loss_q": loss, **parts}
 
-    def reconstruction(self, batch: Batch, q: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is lost of pictures and texts when a sample of q is drawn, and its parts."""
-        noise = self.noise(len(batch["image"]))
-        text = self.with_captions(batch, q.sample(noise), noise)
-        with autocast(self.config.precision, self.device):
-            fake = self.draw_pictures(self.condition(batch, text))
-        seen = self.see(fake)
-        drawn = 1 - (seen * batch["embedding"]).sum(1)
-        lost = self.shares.share * drawn.mean()
-        parts = {"q_picture": lost, "q_text": self.contrast(seen, text)}
-        loss = self.config.reconstruction_weight * parts["q_picture"]
-        return loss + self.config.alignment_weight * parts["q_text"], parts
+    @property
+    def drawn_weights(self) -> dict[str, float]:
+        """Of what the posterior loses when its samples are drawn."""
+        config = self.config
+        return {"q_picture": config.reconstruction_weight, "q_text": config.alignment_weight}
+
+    def seen_weights(self) -> dict[str, float]:
+        weights = super().seen_weights()
+        return weights | self.drawn_weights if self.stage()[0] == "joint" else weights
+
+    def seen_loss(self, name: str, seen: Tensor, text: Tensor, batch: Batch) -> Tensor:
+        if name == "q_picture":
+            return self.shares.share * (1 - (seen * batch["embedding"]).sum(1)).mean()
+        return super().seen_loss(name, seen, text, batch)
 
     def refinement_step(self, batch: Batch, done: int) -> dict[str, Tensor]:
         """Stage 2b: a step of LAFITE on samples of the posterior."""

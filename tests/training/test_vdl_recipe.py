@@ -70,6 +70,26 @@ def test_joint_stage_moves_all_but_the_prior(data, clip):
     assert {"kl", "loss_q", "loss_g", "loss_d"} <= set(metrics)
 
 
+def test_the_joint_stage_loses_what_its_own_drawings_lose(data, clip):
+    found, slopes = [], []
+    for kx, lc in ((0.0, 0.0), (3.0, 5.0)):
+        weights = {"reconstruction_weight": kx, "alignment_weight": lc}
+        options = {"schedule": "joint", "adversarial_steps": 0, "prior_share": 0.0}
+        recipe, batch = built(vdl(data, clip, **options, **weights))
+        recipe.update = slopes.append
+        torch.manual_seed(1)
+        metrics, (_, fake) = recipe.generator_update(batch)
+        found.append((metrics, fake))
+    (plain, fake), (whole, same) = found
+    assert torch.equal(fake, same)  # nothing is drawn for it
+    torch.testing.assert_close(whole["q_text"], whole["g_encoder"])
+    more = 3 * whole["q_picture"] + 5 * whole["q_text"]
+    torch.testing.assert_close(whole["loss_g"], plain["loss_g"] + more)
+    assert not {"q_picture", "q_text"} & set(plain)
+    for player in ("posterior", "generator"):
+        assert any(not torch.allclose(*pair) for pair in zip(*(s[player] for s in slopes)))
+
+
 def test_the_reconstruction_s_gradient_reaches_the_posterior_and_no_encoder(data, clip):
     recipe, batch = built(vdl(data, clip))
     q = recipe.posterior(batch)
