@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxm.data import BatchSampler, CaptionedImages, open_dataset, resizing
+from fastxm.data.cache import digest
 from fastxm.data.transforms import augment, draw
 from fastxm.models.text_to_image import TextToImage
 from fastxm.nn import synchronise, take_statistics
@@ -21,6 +22,7 @@ from fastxm.training.precision import Precision, autocast, pick_device, pick_pre
 from fastxm.training.recipe import Player, Recipe, Samples, State
 from fastxm.training.trainer import LoopConfig
 
+PICTURES, ENCODER = "pictures", "weights of the encoder"  # what checkpoints are bound to
 STATISTICS = 64  # batches that the moving average's own statistics are taken over
 
 
@@ -223,11 +225,26 @@ class GANRecipe(Recipe):
         images = torch.cat([self.model.picture(drawn).float() for drawn in self.draw()])
         return Samples(images, self.captions)
 
+    @cached_property
+    def stands_on(self) -> dict[str, str]:
+        """Digests of what a checkpoint does not hold, but has to be the same where it goes on."""
+        return {PICTURES: digest(self.batches.dataset.ids)}
+
+    def compare(self, theirs: dict[str, str], whose: str) -> None:
+        """Raises ValueError where one of these digests is another here."""
+        for name, value in theirs.items():
+            if value != self.stands_on[name]:
+                raise ValueError(
+                    f"{whose} was trained with other {name} ({value}, now {self.stands_on[name]}): "
+                    "give those that it began with"
+                )
+
     def state_dict(self) -> State:
         extra = {"ema": self.ema.state_dict(), "scaler": self.scaler.state_dict()}
-        return {**super().state_dict(), **extra}
+        return {**super().state_dict(), **extra, "stands_on": self.stands_on}
 
     def load_state_dict(self, state: State) -> None:
+        self.compare(state.get("stands_on", {}), "the checkpoint")  # old ones have none
         super().load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
         self.statistics_of = None
@@ -260,3 +277,8 @@ def sample_captions(splits: list[CaptionedImages], count: int) -> list[str]:
         points = (np.arange(share) + 0.5) / share * ends[-1]
         captions += [dataset.captions[i][0] for i in np.searchsorted(ends, points)]
     return captions
+
+
+def captioned(dataset: CaptionedImages) -> CaptionedImages:
+    """The pictures that have captions."""
+    return dataset.select([i for i, captions in enumerate(dataset.captions) if captions])

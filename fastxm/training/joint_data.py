@@ -20,6 +20,7 @@ from fastxm.data.leak_free import leak_free
 from fastxm.data.subsets import principal
 from fastxm.encoders import joint_encoder
 from fastxm.encoders.dual import DualEncoderConfig
+from fastxm.encoders.frozen import fingerprint
 from fastxm.training.dual_encoder import DualEncoderTraining, cached_dual_encoder
 from fastxm.training.embeddings import Embeddings, embed_captions
 from fastxm.training.ranks import Ranks
@@ -60,7 +61,7 @@ class JointData:
         ranks: of several processes the first tells what there is.
 
     Attributes:
-        encoder: the frozen joint encoder.
+        encoder: the frozen joint encoder. fingerprint: of its weights.
         train, held_out: pictures, with the captions that they have.
         embed: `Embeddings` of pictures, by this encoder and around this corpus.
 
@@ -74,6 +75,11 @@ class JointData:
         self.device, self.tells = device, (ranks or Ranks()).first
         self.train, self.held_out = self.open(config)
         self.encoder = self.open_encoder(config).to(device)
+        self.fingerprint = fingerprint(self.encoder)
+        if not config.encoder:
+            # the other style's own mean and spread, for which no caption is needed
+            pictures = self.train.select(principal(self.train))
+            self.encoder.standardise(image_features(pictures, self.encoder.image_encoder))
         if self.encoder.width != config.model.embedding:
             raise ValueError(
                 f"{config.encoder} gives embeddings of width {self.encoder.width}, "
@@ -113,11 +119,7 @@ class JointData:
         split: Any = "styles" if config.split == "auto" else config.split
         size = config.model.image_size
         training = DualEncoderTraining(made_of, config.data, size, split, epochs=16)
-        encoder = cached_dual_encoder(training).requires_grad_(False).to(self.device)
-        pictures = self.train.select(principal(self.train))
-        # the other style's own mean and spread, for which no caption is needed
-        encoder.standardise(image_features(pictures, encoder.image_encoder))
-        return encoder
+        return cached_dual_encoder(training).requires_grad_(False)
 
     @torch.no_grad()
     def open_corpus(self, name: str) -> Corpus:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastxm import losses
-from fastxm.data import CaptionedImages
 from fastxm.data.transforms import augment, draw, parse, random_square
 from fastxm.encoders.frozen import Looks
 from fastxm.models.lafite import LAFITE, LAFITEConfig
@@ -31,7 +30,7 @@ from fastxm.training.batches import Batch
 from fastxm.training.diagnostics import HeldOutPairs
 from fastxm.training.ema import EMA
 from fastxm.training.embeddings import EmbeddedBatches
-from fastxm.training.gan import GANRecipe, gradients, sample_captions
+from fastxm.training.gan import ENCODER, GANRecipe, captioned, gradients, sample_captions
 from fastxm.training.joint_data import OF_ENCODER, JointData
 from fastxm.training.precision import autocast, seed_all
 from fastxm.training.ranks import Shares
@@ -173,7 +172,7 @@ class LAFITERecipe(GANRecipe):
         if config.compile and config.model.logit == "batch" and self.ranks.size > 1:
             raise ValueError("logit batch is a sum over processes, which no compiled code holds")
         data = self.open_data()
-        self.encoder = data.encoder
+        self.encoder, self.fingerprint = data.encoder, data.fingerprint
         seed_all(config.seed, self.device)
         made_of = config.model
         if config.encoder and not isinstance(self.encoder, Pretrained):  # not saved with the model
@@ -491,6 +490,10 @@ class LAFITERecipe(GANRecipe):
         self.ema.decay = 0.5 ** (batch / half_life)
         self.ema.update(self.model.generator)
 
+    @cached_property
+    def stands_on(self) -> dict[str, str]:
+        return {**super().stands_on, ENCODER: self.fingerprint}
+
     def state_dict(self) -> State:
         return {**super().state_dict(), "path_mean": self.path_mean, "done": self.done}
 
@@ -498,8 +501,3 @@ class LAFITERecipe(GANRecipe):
         super().load_state_dict(state)
         self.path_mean = state["path_mean"].to(self.device)
         self.done = state["done"]
-
-
-def captioned(dataset: CaptionedImages) -> CaptionedImages:
-    """The pictures that have captions."""
-    return dataset.select([i for i, captions in enumerate(dataset.captions) if captions])

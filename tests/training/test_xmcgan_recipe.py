@@ -394,6 +394,15 @@ def test_a_checkpoint_of_another_model_is_refused(folder, tmp_path):
         train(other, tmp_path / "run", loop, resume=True)
 
 
+def test_a_checkpoint_of_other_pictures_is_refused(folder, tmp_path):
+    loop = LoopConfig(steps=1)
+    train(recipe(folder), tmp_path / "run", loop)
+    for i in range(0, 16, 2):
+        (folder / f"{i}.png").unlink()
+    with pytest.raises(ValueError, match="the checkpoint was trained with other pictures"):
+        train(recipe(folder), tmp_path / "run", LoopConfig(steps=2), resume=True)
+
+
 def test_it_learns_from_the_sentences_that_it_samples_with(folder, monkeypatch):
     asked = []
 
