@@ -125,7 +125,6 @@ def recipe(variant: Variant, budget: Budget) -> Any:
         asked = {"adversarial_steps": budget.stage1, **asked}
         if variant.begins:
             asked["stage1"] = str(first_stage(variant.begins, budget))
-            steps -= budget.stage1
     loop = replace(config.loop, max_minutes=None, steps=steps)
     return made(replace(config, model=replace(config.model, **variant.model), loop=loop, **asked))
 

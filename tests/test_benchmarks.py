@@ -340,7 +340,7 @@ def test_vdl_table(tmp_path, monkeypatch, capsys):
         assert shared == [f"step-{number:08d}" for number in numbers]
     assert rows["lafite-corpus"]["cos(sampled, true)"] != rows["lafite-fixed"]["cos(sampled, true)"]
     for name in ("vdl-gaussian", "vdl-vmf", "vdl-without-evidence", "vdl-corpus"):
-        last = f"step-{2 + table.ALONE:08d}"  # as many of an adversary as the other rows
+        last = f"step-{5 + table.ALONE:08d}"  # as many of an adversary as the other rows
         assert steps(tmp_path / "t" / name / "checkpoints")[-1].name == last
     table.main(flags)
     assert len(asked) == 11  # rows that are done are read

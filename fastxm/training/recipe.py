@@ -94,8 +94,13 @@ class Recipe(ABC):
     def build(self) -> None:
         """Networks, optimisers and data, from nothing."""
 
-    def begin(self) -> None:  # noqa: B027 (most begin with nothing)
-        """What a run that is not resumed takes over from others, after `build`."""
+    def begin(self) -> int:
+        """What a run that is not resumed takes over from others, after `build`.
+
+        Returns:
+            the step that it is then at.
+        """
+        return 0
 
     @abstractmethod
     def step(self, batch: Any) -> dict[str, Tensor]:

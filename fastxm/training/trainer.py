@@ -154,8 +154,7 @@ def begin(recipe: Recipe, last: Path | None) -> Progress:
     if last:
         progress = restore(recipe, last)
     else:
-        recipe.begin()
-        progress = Progress()
+        progress = Progress(recipe.begin())
     among.copy_first(list(checkpoint.tensors(recipe.state_dict())))
     if among.size > 1:
         state = among.of_first(checkpoint.random_state(recipe.device))

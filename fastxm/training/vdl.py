@@ -25,7 +25,7 @@ from fastxm.nn.directions import Noise
 from fastxm.ops import info_nce
 from fastxm.training import checkpoint
 from fastxm.training.batches import Batch, place
-from fastxm.training.gan import gradients
+from fastxm.training.gan import PICTURES, gradients
 from fastxm.training.joint_data import JointData
 from fastxm.training.lafite import Drawn, LAFITERecipe, LAFITETraining
 from fastxm.training.precision import autocast
@@ -40,9 +40,10 @@ class VDLTraining(LAFITETraining):
     schedule: Literal["staged", "joint"] = "staged"
     """Stages 2a and 2b one after the other, or both at once."""
     stage1: str = ""
-    """A run of `train lafite` or `train vdl` whose last checkpoint stands in for stage 1."""
+    """A run of `train lafite` or `train vdl`, by the same encoder, whose last checkpoint stands in
+    for stage 1: the run begins at step adversarial_steps."""
     adversarial_steps: int = 20_000
-    """Steps of stage 1, where no run stands in for it; 0 where captions alone are to teach q."""
+    """Steps of stage 1; 0 where captions alone are to teach q."""
     posterior_steps: int = 5000
     """Steps of stage 2a; stage 2b lasts to the end."""
     posterior_lr: float = 1e-3
@@ -100,20 +101,30 @@ class VDLRecipe(LAFITERecipe):
         super().__init__(config)
         self.multiplier = 1.0  # of beta, where a target holds the KL
 
-    def begin(self) -> None:
+    def begin(self) -> int:
         if self.config.stage1:
             self.take(Path(self.config.stage1))
+        return self.done
 
     def take(self, run: Path) -> None:
-        """Begins after stage 1, with the networks, optimisers and average of another run.
+        """Begins after stage 1, with the networks, optimisers and averages of another run.
 
         Raises:
-            ValueError: there is none, or its networks are not the configuration's.
+            ValueError: there is none, its networks or encoder are not the configuration's, or no
+                step is left after it.
         """
+        steps, first = self.config.loop.steps, self.config.adversarial_steps
+        if steps <= first:
+            raise ValueError(
+                f"stage1: the loop's steps count those of stage 1, adversarial_steps {first}: "
+                f"of {steps} none is left"
+            )
         kept = checkpoint.steps(run / "checkpoints")
         if not kept:
             raise ValueError(f"stage1: {run} has no checkpoint")
         state = checkpoint.read(kept[-1])["recipe"]
+        theirs = {k: v for k, v in state.get("stands_on", {}).items() if k != PICTURES}
+        self.compare(theirs, f"stage1: {kept[-1]}")
         try:
             for name in ("generator", "discriminator"):
                 player = self.players[name]
@@ -125,10 +136,11 @@ class VDLRecipe(LAFITERecipe):
                 for group, own in zip(player.optimizer.param_groups, ours):
                     group.update(own)
             self.ema.load_state_dict(state["ema"])
+            self.path_mean = state["path_mean"].to(self.device)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"stage1: {kept[-1]} is of other networks: {reason}") from error
-        self.done = self.config.adversarial_steps
+        self.done = first
 
     def open_data(self) -> JointData:
         if self.config.label_fraction:

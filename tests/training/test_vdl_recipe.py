@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import COLOURS
 from small_joint import LOOP, built, lafite, moved, state, vdl
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from fastxm.encoders.dual import DualEncoder, DualEncoderConfig
 from fastxm.models.lafite import LAFITE
 from fastxm.models.vdl import VDLConfig
 from fastxm.nn.directions import draw_noise
-from fastxm.training import joint_data
+from fastxm.training import checkpoint, joint_data
 from fastxm.training.joint_data import Corpus
 from fastxm.training.trainer import train
 from fastxm.training.vdl import VDLTraining
@@ -443,24 +444,82 @@ def test_step_s_loss_is_the_sum_of_its_parts(data, clip):
 
 def test_a_run_of_lafite_stands_in_for_stage_1(data, clip, tmp_path):
     first = train(lafite(data, clip), tmp_path / "first", replace(LOOP, steps=2))
+    (kept,) = checkpoint.steps(first.out / "checkpoints")
     recipe, batch = built(vdl(data, clip, stage1=str(first.out), lr=1e-3))
-    recipe.begin()
+    assert recipe.begin() == 2
     found = LAFITE.from_pretrained(first.model).generator.state_dict()
     average = recipe.average().state_dict()
     assert all(torch.equal(found[name], average[name]) for name in found)
     assert recipe.ema.updates == 2
+    assert recipe.path_mean == checkpoint.read(kept)["recipe"]["path_mean"] > 0
     rates = [recipe.players[name].optimizer.param_groups[0]["lr"] for name in recipe.players]
     assert rates[0] == pytest.approx(1e-3 * 2 / 3)  # not the other run's
     assert recipe.stage() == ("posterior", 0)
     assert "loss_q" in recipe.step(batch)
-    whole = train(vdl(data, clip, stage1=str(first.out)), tmp_path / "run", replace(LOOP, steps=5))
+    whole = train(vdl(data, clip, stage1=str(first.out)), tmp_path / "run", replace(LOOP, steps=6))
+    lines = [json.loads(line) for line in (whole.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 5, 6]  # three of 2a, and one of 2b
+    assert [line["step"] for line in lines if "loss_g" in line] == [6]
     assert (
-        "stage1" not in whole.out.joinpath("checkpoints/step-00000005/checkpoint.json").read_text()
+        "stage1" not in whole.out.joinpath("checkpoints/step-00000006/checkpoint.json").read_text()
     )
     with pytest.raises(ValueError, match=r"stage1: .* has no checkpoint"):
         built(vdl(data, clip, stage1=str(tmp_path)))[0].begin()
     with pytest.raises(ValueError, match=r"stage1: .* is of other networks"):
         built(vdl(data, clip, {"channel_max": 3}, stage1=str(first.out)))[0].begin()
     shutil.rmtree(first.out)  # all of it that counts is in the checkpoint
-    longer = replace(LOOP, steps=6)
-    assert train(vdl(data, clip, stage1=str(first.out)), whole.out, longer, resume=True).step == 6
+    longer = replace(LOOP, steps=7)
+    assert train(vdl(data, clip, stage1=str(first.out)), whole.out, longer, resume=True).step == 7
+
+
+def changed(folder, copy):
+    """A copy of a CLIP with other weights of equal width, by the same name."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    options = {"metadata": {"format": "pt"}}
+    save_file({k: v + 0.1 for k, v in weights.items()}, copy / "model.safetensors", **options)
+    return copy
+
+
+@pytest.mark.parametrize("make", [vdl, lafite])
+def test_a_checkpoint_is_bound_to_its_encoder_and_its_pictures(data, clip, make, tmp_path):
+    pictures, encoder = tmp_path / "pictures", tmp_path / "clip"
+    shutil.copytree(data, pictures)
+    shutil.copytree(clip, encoder)
+    loop = replace(LOOP, steps=1)
+    out = train(make(pictures, encoder), tmp_path / "run", loop).out
+    shutil.rmtree(encoder)
+    changed(clip, encoder)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(ValueError, match="trained with other weights of the encoder"):
+        train(make(pictures, encoder), out, replace(LOOP, steps=2), resume=True)
+    if make is vdl:
+        other = {"stage1": str(out), "adversarial_steps": 1}
+        with pytest.raises(ValueError, match=r"stage1: .* trained with other weights of the"):
+            train(make(pictures, encoder, **other), tmp_path / "new", LOOP)
+        assert not (tmp_path / "new").exists()
+    shutil.rmtree(encoder)
+    shutil.copytree(clip, encoder)
+    for i in range(0, 16, 2):
+        (pictures / f"{i}.png").unlink()
+    with pytest.raises(ValueError, match="the checkpoint was trained with other pictures"):
+        train(make(pictures, encoder), out, replace(LOOP, steps=2), resume=True)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_checkpoints_from_before_there_were_digests_go_on(data, clip, tmp_path):
+    recipe, batch = built(vdl(data, clip))
+    recipe.step(batch)
+    state = recipe.state_dict()
+    assert set(state.pop("stands_on")) == {"pictures", "weights of the encoder"}
+    other, _ = built(vdl(data, clip))
+    other.load_state_dict(state)
+    assert other.done == 1
+
+
+def test_no_step_is_left_after_stage_1(data, clip, tmp_path):
+    first = train(lafite(data, clip), tmp_path / "first", replace(LOOP, steps=1))
+    whole = vdl(data, clip, stage1=str(first.out), adversarial_steps=7)
+    with pytest.raises(ValueError, match="adversarial_steps 7: of 7 none is left"):
+        train(whole, tmp_path / "run", LOOP)
+    assert not (tmp_path / "run").exists()
