@@ -67,6 +67,14 @@ def test_a_stem_has_a_vocabulary():
         STEM(STEMConfig())
 
 
+def test_damsm_s_own_layers_begin_within_a_tenth_of_0():
+    wide = STEMConfig(WORDS, embedding=100, width=200)
+    model = DAMSM(DAMSMConfig(wide, region_width=30, image_width=40))
+    for layer in (model.stem.embedding, model.region, model.image):
+        assert 0.095 < layer.weight.abs().max() <= 0.1
+        assert layer.weight.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.1)
+
+
 def test_damsm_looks_and_projects(tmp_path):
     torch.manual_seed(0)
     config = DAMSMConfig(stem().config, region_width=3, image_width=12)

@@ -94,6 +94,17 @@ def test_initialisation_is_orthogonal():
     orthogonal_(network)
     rows = network[0].weight.flatten(1)
     torch.testing.assert_close(rows @ rows.T, torch.eye(4))
+    norm = gated_up(8, 500)[1]
+    orthogonal_(norm)
+    assert norm.weight.mean().item() == pytest.approx(1, abs=0.003)
+    assert norm.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not norm.bias.any()
+
+
+def test_discriminators_leak_a_fifth():
+    judge = JointDiscriminator(128, 2, 5)
+    slopes = {m.negative_slope for m in judge.modules() if isinstance(m, torch.nn.LeakyReLU)}
+    assert slopes == {0.2}
 
 
 def test_other_sizes_are_refused():

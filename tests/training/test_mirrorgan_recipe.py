@@ -200,6 +200,7 @@ def test_updates_of_stream(folder, double):
     made.build()
     plain = copy.deepcopy(made.model)
     adam = torch.optim.Adam(plain.parameters(), 1e-3, (0.9, 0.999))
+    assert plain.norm.momentum == 0.01
     for batch in prepared(made, 5):
         seen = plain.norm(plain.image(Eye()(batch["image"])))
         total = torch.zeros(())
