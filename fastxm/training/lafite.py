@@ -1,7 +1,7 @@
 """LAFITE's training: a StyleGAN2 on pictures, whose texts are made of the pictures' embeddings.
 
     L_G = softplus(-D(G, h)) + itc C(f(G), h) + itd C(f_s(G), h)
-          [+ iic C(f(G), z) + iid C(f_s(G), f_s(x))]
+          [+ iic C(f(G), z) + iid C(f_s(x), f_s(G))]
     L_D = softplus(D(G, h)) + softplus(-D(x, h)) + itd C(f_s(x), h) + R1 every 16 steps
 
 h is drawn anew in every phase: a perturbed picture embedding z, or the embedding of a caption where
@@ -38,6 +38,9 @@ from fastxm.training.recipe import Player, State
 from fastxm.training.trainer import LoopConfig
 
 Drawn = tuple[Tensor, Tensor]  # conditions and pictures of them
+SHARES = ("label_fraction", "text_share", "smallest_crop", "text_noise", "style_mixing")
+WEIGHTS = ("encoder_weight", "semantic_weight", "picture_weight", "feature_weight", "r1_gamma",
+           "path_weight", "ema_ramp", "lr_d")  # fmt: skip
 # of the generator and of the discriminator
 ADVERSARIAL: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "logistic": (losses.logistic_g, losses.logistic_d),
@@ -126,18 +129,17 @@ class LAFITETraining:
     """Pictures in a sample grid."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_fraction <= 1:
-            raise ValueError(f"label_fraction is in [0, 1], not {self.label_fraction}")
         least = dict.fromkeys(("batch_size", "samples", "ema_images", "encoder_size"), 1)
-        least |= dict.fromkeys(("r1_every", "path_every", "perturbation_steps"), 0)
+        least |= dict.fromkeys(("r1_every", "path_every", "perturbation_steps", *WEIGHTS), 0)
         for name, bound in least.items():
-            if getattr(self, name) < bound:
+            if not getattr(self, name) >= bound:
                 raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
-        for name in ("lr", "temperature"):
+        for name in ("lr", "temperature", "smallest_crop"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.lr_d < 0:
-            raise ValueError(f"lr_d must be at least 0, not {self.lr_d}")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is in [0, 1], not {getattr(self, name)}")
         if self.model.discriminator == "projected" and self.r1_every:
             raise ValueError(
                 "a projected discriminator has no second derivative, which R1 takes: "
@@ -332,7 +334,7 @@ class LAFITERecipe(GANRecipe):
         if config.feature_weight:
             with torch.no_grad(), autocast(config.precision, self.device):
                 of_real = self.discriminator(self.augmented(batch["image"]), condition).semantic
-            parts["g_feature"] = self.contrast(judged.semantic, of_real)
+            parts["g_feature"] = self.contrast(of_real, judged.semantic)
         weights |= {"g_semantic": config.semantic_weight, "g_feature": config.feature_weight}
         total = sum((weights[name] * part for name, part in parts.items()), gan)
         return total, {"g_gan": gan, **parts}, (condition.detach(), fake.detach())

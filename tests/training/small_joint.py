@@ -2,8 +2,10 @@
 
 import torch
 
+from fastxm.encoders.frozen import Looks
 from fastxm.models.lafite import LAFITEConfig
 from fastxm.models.vdl import VDLConfig
+from fastxm.training.embeddings import Embeddings
 from fastxm.training.lafite import LAFITERecipe, LAFITETraining
 from fastxm.training.trainer import LoopConfig
 from fastxm.training.vdl import VDLRecipe, VDLTraining
@@ -42,3 +44,23 @@ def state(network) -> dict[str, torch.Tensor]:
 
 def moved(network, before) -> bool:
     return any(not torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def prepare(patch):
+    """Everything in float64: what Adam's first steps, signs, are of does not hang on rounding."""
+    torch.set_default_dtype(torch.float64)
+    patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    of_data, load = Embeddings.__init__, Looks.load
+
+    def embed(self, dataset, encoder, **options):
+        of_data(self, dataset, encoder.to(torch.float32), **options)  # of features that are cached
+        encoder.to(torch.float64)
+        for name in ("image", "evidence", "centre", "text"):
+            setattr(self, name, getattr(self, name).double())
+
+    def widened(self):
+        load(self)
+        self._encoders["image"].to(torch.float64)
+
+    patch.setattr(Embeddings, "__init__", embed)
+    patch.setattr(Looks, "load", widened)

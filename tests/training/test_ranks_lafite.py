@@ -7,13 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from small import pictures
-from small_joint import lafite, vdl
+from small_joint import lafite, prepare, vdl
 from tiny_clip import write
 
-from fastxm.encoders.frozen import Looks
 from fastxm.nn.stylegan import GROUP, with_deviation
 from fastxm.training import checkpoint
-from fastxm.training.embeddings import Embeddings
 from fastxm.training.ranks import Ranks, Shares
 from fastxm.training.trainer import LoopConfig, train
 
@@ -53,26 +51,6 @@ RUNS = {
         },
     ),
 }
-
-
-def prepare(patch):
-    """Everything in float64: what Adam's first steps, signs, are of does not hang on rounding."""
-    torch.set_default_dtype(torch.float64)
-    patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    of_data, load = Embeddings.__init__, Looks.load
-
-    def embed(self, dataset, encoder, **options):
-        of_data(self, dataset, encoder.to(torch.float32), **options)  # of features that are cached
-        encoder.to(torch.float64)
-        for name in ("image", "evidence", "centre", "text"):
-            setattr(self, name, getattr(self, name).double())
-
-    def widened(self):
-        load(self)
-        self._encoders["image"].to(torch.float64)
-
-    patch.setattr(Embeddings, "__init__", embed)
-    patch.setattr(Looks, "load", widened)
 
 
 def made(name, folder):
