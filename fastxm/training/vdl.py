@@ -3,7 +3,8 @@
     adversarial    stage 1: LAFITE, with t ~ p(t | z)
     posterior      stage 2a: the networks stay, q learns
                        kx (1 - cos(f(G), z)) + lc C(f(G), t) + beta KL(q || p) / D
-    refinement     stage 2b: q stays, LAFITE goes on with t ~ q, and t ~ p for a share of pictures
+    refinement     stage 2b: q stays, LAFITE goes on with t ~ q, and t ~ p for a share of pictures,
+                       and with iic C(f(G), z), which stage 1 is without
     joint          instead of 2a and 2b: the losses of both at once, of the same drawings
 
 Pictures with captions that may be learnt from give, instead of a sample, their text, and posterior
@@ -44,6 +45,8 @@ class VDLTraining(LAFITETraining):
     for stage 1: the run begins at step adversarial_steps."""
     adversarial_steps: int = 20_000
     """Steps of stage 1; 0 where captions alone are to teach q."""
+    picture_weight: float = 0.0
+    """iic: of drawn pictures and real ones, in the encoder's space, after stage 1."""
     posterior_steps: int = 5000
     """Steps of stage 2a; stage 2b lasts to the end."""
     posterior_lr: float = 1e-3
@@ -80,8 +83,11 @@ class VDLTraining(LAFITETraining):
         for name in ("kl_warmup", "prior_share", "drop_image"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is in [0, 1], not {getattr(self, name)}")
-        for name in ("kl_weight", "kl_target", "supervision_weight", "ranking_weight"):
-            if getattr(self, name) < 0:
+        if not self.posterior_lr > 0:
+            raise ValueError(f"posterior_lr must be above 0, not {self.posterior_lr}")
+        weights = ("kl_weight", "kl_target", "supervision_weight", "ranking_weight")
+        for name in (*weights, "reconstruction_weight", "alignment_weight"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
 
 
@@ -193,8 +199,10 @@ class VDLRecipe(LAFITERecipe):
         return {"q_picture": config.reconstruction_weight, "q_text": config.alignment_weight}
 
     def seen_weights(self) -> dict[str, float]:
-        weights = super().seen_weights()
-        return weights | self.drawn_weights if self.stage()[0] == "joint" else weights
+        weights, (name, _) = super().seen_weights(), self.stage()
+        if name == "adversarial":
+            weights["g_picture"] = 0.0
+        return weights | self.drawn_weights if name == "joint" else weights
 
     def seen_loss(self, name: str, seen: Tensor, text: Tensor, batch: Batch) -> Tensor:
         if name == "q_picture":

@@ -21,6 +21,7 @@ from fastxm.models.lafite import LAFITE
 from fastxm.models.vdl import VDLConfig
 from fastxm.nn.directions import draw_noise
 from fastxm.training import checkpoint, joint_data
+from fastxm.training import config as configs
 from fastxm.training.joint_data import Corpus
 from fastxm.training.trainer import train
 from fastxm.training.vdl import VDLTraining
@@ -89,6 +90,13 @@ def test_the_joint_stage_loses_what_its_own_drawings_lose(data, clip):
     assert not {"q_picture", "q_text"} & set(plain)
     for player in ("posterior", "generator"):
         assert any(not torch.allclose(*pair) for pair in zip(*(s[player] for s in slopes)))
+
+
+def test_drawings_are_held_to_their_pictures_after_stage_1(data, clip):
+    recipe, batch = built(vdl(data, clip, picture_weight=2.0, posterior_steps=1))
+    found = [set(recipe.step(batch)) for _ in range(4)]
+    assert ["g_picture" in metrics for metrics in found] == [False, False, False, True]
+    assert configs.preset("vdl", "coco-256")["picture_weight"] > 0
 
 
 def test_the_reconstruction_s_gradient_reaches_the_posterior_and_no_encoder(data, clip):
@@ -316,6 +324,16 @@ def test_fractions_are_nested(data, clip):
         ),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"augment": "translation,flip"}, "a policy is made of"),
+        ({"encoder_weight": -5.0}, "encoder_weight must be at least 0, not -5"),
+        ({"r1_gamma": -1.0}, "r1_gamma must be at least 0"),
+        ({"path_weight": float("nan")}, "path_weight must be at least 0, not nan"),
+        ({"smallest_crop": 0.0}, "smallest_crop must be above 0, not 0"),
+        ({"smallest_crop": 1.5}, r"smallest_crop is in \[0, 1\], not 1.5"),
+        ({"text_noise": 7.0}, r"text_noise is in \[0, 1\], not 7"),
+        ({"style_mixing": 9.0}, r"style_mixing is in \[0, 1\], not 9"),
+        ({"text_share": -0.5}, r"text_share is in \[0, 1\]"),
+        ({"posterior_lr": 0.0}, "posterior_lr must be above 0"),
+        ({"alignment_weight": -1.0}, "alignment_weight must be at least 0"),
         ({"prior_share": 2.0}, r"prior_share is in \[0, 1\]"),
         ({"posterior_steps": 0}, "posterior_steps must be at least 1"),
         ({"adversarial_steps": -1}, "adversarial_steps must be at least 0"),
