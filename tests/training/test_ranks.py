@@ -154,6 +154,7 @@ def metrics(out):
 
 def state(folder):
     kept = checkpoint.read(checkpoint.steps(folder)[-1])
+    kept["recipe"].pop("stands_on")  # texts
     return {part: kept[part] for part in ("recipe", "sums")}, kept["random"]["torch"]
 
 

@@ -105,7 +105,10 @@ def test_the_numbers_are_those_of_one_process(runs, name, part):
     ours, theirs = (metrics(runs / name / out) for out in (part, "one process"))
     for line, truth in zip(ours, theirs, strict=True):
         torch.testing.assert_close(line, truth)
-    torch.testing.assert_close(*(state(runs / name / out) for out in (part, "one process")))
+    states = [state(runs / name / out) for out in (part, "one process")]
+    digests = [recipe.pop("stands_on") for recipe, _ in states]
+    assert digests[0] == digests[1]
+    torch.testing.assert_close(*states)
     samples = [sorted(os.listdir(runs / name / out / "samples")) for out in (part, "one process")]
     assert samples[0][-1:] == samples[1][-1:]
 

@@ -131,7 +131,8 @@ def metrics(out):
 
 def state(out):
     kept = checkpoint.read(checkpoint.steps(out / "checkpoints")[-1])
-    kept["recipe"].pop("frozen", None)  # a text
+    for text in ("frozen", "stands_on"):
+        kept["recipe"].pop(text, None)
     return {part: kept[part] for part in ("recipe", "sums")}, kept["random"]["torch"]
 
 
