@@ -16,6 +16,7 @@ import fastxm
 from fastxm.cli.evaluation import evaluate, load
 from fastxm.cli.flags import parse, say
 from fastxm.cli.training import train, train_system
+from fastxm.training import config as configs
 
 DEMO_CAPTIONS = [
     *("red apple in twemoji style", "red apple in openmoji style"),
@@ -204,7 +205,11 @@ def demo(arguments: list[str]) -> None:
             flags += ["--max-minutes", str(minutes)]
         if (out / "config.yaml").exists():
             flags.append("--resume")
-        train_system("xmcgan", flags)
+        run = train_system("xmcgan", flags)
+        blurred = configs.preset("xmcgan", "cpu-demo")["pixel_steps"]
+        if run.step <= blurred:
+            say(f"before step {blurred} pictures are blurs by design, and this machine took so few "
+                "in the time: `fastxm demo --minutes 60` goes on")  # fmt: skip
         where = ["--model", str(out), "--out", str(out / "demo.png")]
         sample([*DEMO_CAPTIONS, "--num-images", "1", *where])
 

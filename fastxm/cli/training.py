@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -81,7 +82,7 @@ def train_system(system: str, arguments: list[str]) -> "Run":
     from fastxm.training.ranks import number
 
     if number() == 0:  # of several processes one tells
-        finish(run, asked.out)
+        finish(run, system, asked.out)
     return run
 
 
@@ -135,13 +136,18 @@ def train_selfsup(arguments: list[str]) -> "list[Run]":
         if run.grid:
             say(f"{'':24} sample grid: {run.grid}")
     if runs[-1].interrupted:
-        say(f"go on with the same command and --resume --out {asked.out}")
+        say(f"go on with: {resuming('selfsup', asked.out)}")
     else:
         say(f"model:  {asked.out / 'model'}")
     return runs
 
 
-def finish(run: "Run", out: Path) -> None:
+def resuming(system: str, out: Path) -> str:
+    """The command that goes on with a run."""
+    return f"fastxm train {system} --resume --out {shlex.quote(str(out))}"
+
+
+def finish(run: "Run", system: str, out: Path) -> None:
     """Says where everything is."""
     state = "interrupted" if run.interrupted else "done"
     say(
@@ -153,7 +159,7 @@ def finish(run: "Run", out: Path) -> None:
     if run.grid:
         say(f"sample grid:  {run.grid}")
     if run.interrupted:
-        say(f"go on with the same command and --resume --out {out}")
+        say(f"go on with: {resuming(system, out)}")
 
 
 def train_dual_encoder(arguments: list[str]) -> None:

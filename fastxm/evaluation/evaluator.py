@@ -94,6 +94,8 @@ class FrechetJudge:
         self.dataset, features = ordinary(dataset, encoder, progress)
         order = shuffled(len(features), seed)
         count = min(num_images, len(features) // 2)
+        if num_images < 2:
+            raise ValueError(f"num_images must be 2 or more, not {num_images}")
         if count < 2:
             raise ValueError(f"a distance needs at least 4 pictures, not {len(features)}")
         self.rows, self.other_rows = order[:count], order[count : 2 * count]

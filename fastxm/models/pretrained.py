@@ -36,6 +36,7 @@ class Pretrained(nn.Module):
         try:
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, weights)
             text.write_text(json.dumps(config, indent=2) + "\n")
+            weights.chmod(text.stat().st_mode)  # safetensors lets its owner alone read a file
             os.replace(weights, folder / WEIGHTS)
             os.replace(text, folder / CONFIG)
         finally:

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,17 +270,25 @@ def test_bench_runs_a_script_and_returns_its_code(tmp_path, monkeypatch, capsys)
     assert "come with a checkout" in refused(capsys, "bench")
 
 
-def test_demo_is_prepare_train_sample_and_goes_on(tmp_path, monkeypatch):
-    called = []
+def test_demo_is_prepare_train_sample_and_goes_on(tmp_path, monkeypatch, capsys):
+    called, run = [], SimpleNamespace(step=1000)
+
+    def call(name, *flags):
+        called.append((name, *flags))
+        return run
+
     for name in ("prepare", "train_system", "sample"):
-        monkeypatch.setattr(cli, name, lambda *flags, name=name: called.append((name, *flags)))
+        monkeypatch.setattr(cli, name, partial(call, name))
     assert cli.main(["demo", "--out", str(tmp_path), "--minutes", "2"]) == 0
     assert [name for name, *_ in called] == ["prepare", "train_system", "sample"]
     assert called[1][1] == "xmcgan"
     train = called[1][2]
     assert train == ["--preset", "cpu-demo", "--out", str(tmp_path), "--max-minutes", "2.0"]
+    assert "before step 1000 pictures are blurs" in capsys.readouterr().out
     (tmp_path / "config.yaml").touch()
+    run.step = 2000
     assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+    assert "blurs" not in capsys.readouterr().out
     assert called[4][2][-1] == "--resume"
 
 

@@ -61,6 +61,8 @@ def test_it_is_read_as_it_was_saved(tmp_path):
     model, features = small(), torch.randn(2, 5)
     model.encoder.standardise.fit(torch.randn(4, 5))
     model.save_pretrained(tmp_path)
+    weights, config = (tmp_path / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode  # whoever reads one reads both
     again = ImageAutoencoder.from_pretrained(tmp_path)
     assert again.config == model.config
     assert torch.equal(again.embed(features), model.embed(features))
