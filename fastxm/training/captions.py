@@ -83,6 +83,7 @@ class CaptionRecipe(Recipe):
     model: Any  # of `make`
     batches: CaptionedBatches
     unbound = ("loop", "device")
+    later = (("resize", "crop"),)
 
     def __init__(self, config: Any):
         self.config = config

@@ -94,6 +94,8 @@ class GANRecipe(Recipe):
     batches: CaptionedBatches
     model: Any  # a TextToImage
     unbound: tuple[str, ...] = ("loop", "device", "compile")
+    later = (("resize", "crop"), ("pixel_weight", 0.0), ("pixel_steps", 0),
+             ("pretrained_encoder", "efficientnet-lite0"))  # fmt: skip
 
     def __init__(self, config: Any):
         self.device = pick_device(config.device)

@@ -13,11 +13,6 @@ from fastxm.training.config import plain
 from fastxm.training.ranks import Ranks
 
 State = dict[str, Any]
-# fields, at their defaults, of which runs from before they were there say nothing
-LATER = (
-    *(("resize", "crop"), ("pixel_weight", 0.0), ("pixel_steps", 0)),
-    ("pretrained_encoder", "efficientnet-lite0"),
-)
 
 
 class Batches(Protocol):
@@ -83,6 +78,8 @@ class Recipe(ABC):
     system: str
     config: Any  # a dataclass
     unbound: tuple[str, ...] = ()  # fields of config that may change between parts of a run
+    # fields, at their defaults, of which runs from before they were there say nothing
+    later: tuple[tuple[str, Any], ...] = ()
     images_per_step: int
     device: torch.device
     players: dict[str, Player]
@@ -116,7 +113,7 @@ class Recipe(ABC):
         bound = {
             name: value
             for name, value in fields.items()
-            if name not in self.unbound and (name, value) not in LATER
+            if name not in self.unbound and (name, value) not in self.later
         }
         return {"system": self.system, **bound}
 
