@@ -1,4 +1,4 @@
-"""Which backend runs an op, and what every room shares: checks, dtypes, and the vjp.
+"""Which backend runs an op, and what every room shares: checks and dtypes.
 
 reference   the formula, in plain PyTorch: any device, any dtype, any order of derivative
 cpu         vendor GEMM and the C++ kernels of fastxm._C
@@ -9,7 +9,7 @@ triton      the Triton kernels of fastxm.kernels
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -92,35 +92,6 @@ def choose(op: str, device: torch.device, auto: str, offered: Sequence[str] = BA
         there = f"{device.type} tensors, of {', '.join(offered)}"
         raise NotImplementedError(f"{op} has no {name} backend for {there}")
     return name
-
-
-def vjp(
-    formula: Callable[..., Tensor | tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    cotangents: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Gradients of a formula by autograd, themselves differentiable: the second-order path.
-
-    Args:
-        formula: the op in plain PyTorch, called with `inputs`.
-        inputs: tensors, or None where an optional one is left out.
-        cotangents: one for each output of the formula; None for an output that is not used.
-
-    Returns:
-        one gradient for each input; None where it needs none.
-    """
-    device = next(x.device.type for x in inputs if x is not None)
-    with torch.enable_grad(), torch.autocast(device, enabled=False):
-        inputs = [x if x is None else x.view_as(x) for x in inputs]  # two may be one tensor
-        outputs = formula(*inputs)
-        outs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(o, c) for o, c in zip(outs, cotangents) if c is not None and o.requires_grad]
-        wanted = [x for x in inputs if x is not None and x.requires_grad]
-        if not pairs or not wanted:
-            return [None for _ in inputs]
-        outs, cots = zip(*pairs)
-        found = iter(torch.autograd.grad(outs, wanted, cots, create_graph=True, allow_unused=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
 def one_device(op: str, *tensors: Tensor | None) -> None:

@@ -1,9 +1,6 @@
 """InfoNCE as one op of PyTorch: which backend runs, what is kept, and autograd."""
 
-import functools
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +12,7 @@ from fastxm.ops import info_nce_reference as reference
 from fastxm.ops import info_nce_rows as rows
 from fastxm.ops import info_nce_tiles as tiles
 from fastxm.ops import info_nce_triton as triton
-from fastxm.ops.eager import eager, runs_at_once
+from fastxm.ops.autograd import at_once, differentiable, no_autocast
 
 BACKENDS = {"reference": reference, "cpu": tiles, "cuda": cuda, "triton": triton}
 # elements whose products cost as much time as to write one product and read it again; elsewhere
@@ -50,18 +47,6 @@ def backend(x: Tensor, y: Tensor) -> Any:
     return BACKENDS[dispatch.choose("info_nce", device, auto, offered)]
 
 
-def _without_autocast(f: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(f)
-    def run(x: Tensor, *inputs: Any) -> Any:
-        if not torch.is_autocast_enabled(x.device.type):
-            return f(x, *inputs)
-        with torch.autocast(x.device.type, enabled=False):
-            return f(x, *inputs)
-
-    return run
-
-
-@_without_autocast
 def _losses(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, labels: Tensor | None,
             symmetric: bool, smoothing: float, offset: int, stored: bool, metrics: bool = True,
             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -71,27 +56,29 @@ def _losses(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, labels: Tensor
     Without metrics only the log-sum-exps of the statistics mean anything.
     """
     ways = backend(x, y)
-    rnorms = ways.rnorms(x, y) if normalize else None
-    factors = rows.factors(x, y, scale, rnorms)
-    found = ways.fwd(x, y, *factors, labels, symmetric, smoothing, offset, stored, metrics)
+    with no_autocast(x):
+        rnorms = ways.rnorms(x, y) if normalize else None
+        factors = rows.factors(x, y, scale, rnorms)
+        found = ways.fwd(x, y, *factors, labels, symmetric, smoothing, offset, stored, metrics)
     return (*found, scale.new_empty(0) if rnorms is None else rnorms)
 
 
-@_without_autocast
 def _gradients(dloss: Tensor, x: Tensor, y: Tensor, scale: Tensor, rnorms: Tensor,
                labels: Tensor | None, row_lse: Tensor, column_lse: Tensor, kept: Tensor,
                symmetric: bool, smoothing: float, offset: int,
                ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dy and dscale."""
     scale, normalized = rows.not_zero(scale), rnorms if len(rnorms) else None
-    factors = rows.factors(x, y, scale, normalized)
     given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
-    dx, dy, along = backend(x, y).bwd(dloss, x, y, *factors, normalized, *given)
+    with no_autocast(x):
+        factors = rows.factors(x, y, scale, normalized)
+        dx, dy, along = backend(x, y).bwd(dloss, x, y, *factors, normalized, *given)
     return dx, dy, along.sum() / scale
 
 
 losses_of = torch.library.custom_op("fastxm::info_nce_fwd", _losses, mutates_args=())
 gradients_of = torch.library.custom_op("fastxm::info_nce_bwd", _gradients, mutates_args=())
+gradients = at_once(gradients_of, _gradients)
 
 
 @losses_of.register_fake
@@ -115,10 +102,9 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # of what is kept, which is large
 
 
-def _backward(ctx, dloss, *_, at_once=False):
+def _backward(ctx, dloss, *_):
     if dloss is None:
         return (None,) * len(ctx.needs_input_grad)
-    gradients = _gradients if at_once and runs_at_once(dloss) else gradients_of
     x, y, scale, labels, row_stats, column_stats, kept, rnorms = ctx.saved_tensors
     options = ctx.options[:3]  # symmetric, smoothing, offset
     if torch.is_grad_enabled():
@@ -129,8 +115,4 @@ def _backward(ctx, dloss, *_, at_once=False):
     return (*grads, *(None,) * (len(ctx.options) + 2))
 
 
-losses_of.register_autograd(_backward, setup_context=_save)
-
-
-# losses_of, without what its registration costs where PyTorch does not trace or transform it
-losses = eager(losses_of, _losses, _save, partial(_backward, at_once=True))
+losses = differentiable(losses_of, _losses, _save, _backward)

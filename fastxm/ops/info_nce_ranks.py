@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastxm.ops import info_nce_op, ring
 from fastxm.ops import info_nce_reference as reference
-from fastxm.ops.dispatch import vjp, wide
+from fastxm.ops.autograd import no_autocast, vjp
+from fastxm.ops.dispatch import wide
 from fastxm.ops.distributed import gather_rows, row_counts
 from fastxm.ops.info_nce_rows import factors, factors_of, finish_both, not_zero
 from fastxm.ops.info_nce_sums import candidates, finish, join, terms
@@ -60,7 +61,7 @@ def across_ranks(x, y, scale, normalize, labels, symmetric, smoothing, group, bu
     budget //= len(counts)
     options = Options(normalize, labels, symmetric, smoothing, budget, counts, group)
     # under autocast as everywhere: products are taken in the dtype of the rows
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         losses, *statistics = _Ranks.apply(x, y, scale, options)
     return losses, statistics, sum(counts) / len(counts)
 

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastxm.ops.dispatch import vjp, wide
+from fastxm.ops.autograd import vjp
+from fastxm.ops.dispatch import wide
 from fastxm.ops.info_nce_rows import factors_of, finish, rnorms
 from fastxm.ops.info_nce_sums import Forward, backward, new_sums
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch, info_nce_op
+from fastxm.ops.autograd import differentiable, no_autocast, vjp
 from fastxm.ops.info_nce_rows import not_zero
 from fastxm.ops.info_nce_sums import finish, join, new_sums, terms
 from fastxm.ops.scalar import scalar
@@ -48,7 +49,7 @@ def info_nce_views(
         raise TypeError(f"info_nce_views needs floating tensors, not {x.dtype} and {y.dtype}")
     z = torch.cat([x, y])
     scale = scalar("logit_scale", logit_scale, dispatch.wide_dtype(z), z.device)
-    return losses_of(z, scale, normalize)[0]
+    return losses(z, scale, normalize)[0]
 
 
 def _triangle(here: slice) -> list[tuple[slice, slice]]:
@@ -75,13 +76,12 @@ def _pairs(z: Tensor, factor: Tensor, scale: Tensor) -> list[tuple[slice, slice,
     return pairs
 
 
-@torch.library.custom_op("fastxm::info_nce_views_fwd", mutates_args=())
-def losses_of(z: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def _losses(z: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Losses [2N] and log-sum-exps [2N]."""
     backend, factor = info_nce_op.backend(z, z), _factor(z, scale, normalize)
     sums = new_sums(factor).repeat(1, len(z))
     for p, q, given in _pairs(z, factor, scale):
-        with torch.autocast(z.device.type, enabled=False):
+        with no_autocast(z):
             row, column, _ = backend.sums(*given, False, 2)
         sums[:, p] = join(sums[:, p], row[:5])
         if p != q:
@@ -90,6 +90,9 @@ def losses_of(z: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor
             positive = row[5].repeat(2)
     loss, statistics = finish(sums, positive, 0, 1)
     return loss, statistics[0].clone()
+
+
+losses_of = torch.library.custom_op("fastxm::info_nce_views_fwd", _losses, mutates_args=())
 
 
 @torch.library.custom_op("fastxm::info_nce_views_bwd", mutates_args=())
@@ -135,16 +138,13 @@ def _save(ctx, inputs, output):
     *tensors, ctx.normalize = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, _):
-    if dloss is None:
-        return (None,) * len(ctx.needs_input_grad)
     *inputs, lse = ctx.saved_tensors
     if torch.is_grad_enabled():
-        return (*dispatch.vjp(partial(_formula, normalize=ctx.normalize), inputs, (dloss,)), None)
+        return (*vjp(partial(_formula, normalize=ctx.normalize), inputs, (dloss,)), None)
     return (*gradients_of(dloss, *inputs, lse, ctx.normalize), None)
 
 
-losses_of.register_autograd(_backward, setup_context=_save)
+losses = differentiable(losses_of, _losses, _save, _backward)

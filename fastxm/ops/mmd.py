@@ -13,11 +13,11 @@ Gretton et al. 2012 (JMLR 13, and NIPS for "linear"); Zaremba et al. 2013 for "b
 
 import math
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
+from fastxm.ops.autograd import no_autocast
 from fastxm.ops.mmd_checks import chosen, problem
 from fastxm.ops.mmd_kernels import (
     RBF,
@@ -86,7 +86,7 @@ def mmd2(
     precision = chosen(precision, x, y)
     if group is not None and (p.x_starts is not None or estimator in ("linear", "block")):
         raise ValueError(f"a group takes one problem, and not estimator {estimator!r}")
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         if estimator == "linear":
             x, y = dispatch.wide(x, y)
             return _linear(x, y, kernel)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
+from fastxm.ops.autograd import no_autocast
 from fastxm.ops.mmd_backends import tf32
 from fastxm.ops.mmd_checks import problem
 from fastxm.ops.mmd_kernels import RBF
@@ -32,7 +33,7 @@ def median_heuristic(x: Tensor, y: Tensor) -> Tensor:
         (float64 for float64 inputs). RBF(median) is exp(-d^2 / (2 median^2)).
     """
     problem(x, y, RBF(), one=True)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), tf32(x.device, False):
+    with torch.no_grad(), no_autocast(x), tf32(x.device, False):
         z = torch.cat(centred(*dispatch.wide(x, y)))
         pairs = len(z) * (len(z) - 1) // 2
         return _of_ranks(z, [(pairs - 1) // 2, pairs // 2]).sqrt().mean()

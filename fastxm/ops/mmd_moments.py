@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch, mmd_moments_reference
+from fastxm.ops.autograd import differentiable, vjp
 from fastxm.ops.mmd_backends import TILE, tf32
 from fastxm.ops.mmd_pairs import Term
 from fastxm.ops.mmd_reference import unpack
@@ -23,8 +24,7 @@ from fastxm.ops.mmd_rows import Function, Rows, finish
 from fastxm.ops.mmd_tiles import native, visit
 
 
-@torch.library.custom_op("fastxm::mmd_moments_fwd", mutates_args=())
-def moments(
+def _forward(
     x: Tensor, y: Tensor, parameters: Tensor, terms: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """a, b, p, q [N] and s [3] of the module docstring, float64.
@@ -47,7 +47,10 @@ def moments(
     return a, b, p, q, squares * squares.new_tensor([2, 2, 1])
 
 
-@moments.register_fake
+_fwd = torch.library.custom_op("fastxm::mmd_moments_fwd", _forward, mutates_args=())
+
+
+@_fwd.register_fake
 def _(x, y, parameters, terms):
     sums = [x.new_empty(len(x), dtype=torch.float64) for _ in range(4)]
     return (*sums, x.new_empty(3, dtype=torch.float64))
@@ -106,10 +109,10 @@ def _backward(ctx, *cotangents):
     if torch.is_grad_enabled():
         formula = partial(mmd_moments_reference.formula, unpack(ctx.terms))
         with tf32(inputs[0].device, False):
-            return (*dispatch.vjp(formula, inputs, cotangents), None)
+            return (*vjp(formula, inputs, cotangents), None)
     wanted = [*ctx.needs_input_grad[:3]]
     found = _bwd(*inputs, [t.contiguous() for t in cotangents], ctx.terms, wanted)
     return (*(g if w else None for g, w in zip(found, wanted)), None)
 
 
-moments.register_autograd(_backward, setup_context=_save)
+moments = differentiable(_fwd, _forward, _save, _backward)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import mmd_backends, mmd_reference, ring
-from fastxm.ops.dispatch import vjp
+from fastxm.ops.autograd import no_autocast, vjp
 from fastxm.ops.distributed import gather_rows, row_counts
 from fastxm.ops.mmd_reference import Options, unpack
 from fastxm.ops.mmd_rows import Function, Rows, finish, samples
@@ -39,7 +39,7 @@ class Ranks(NamedTuple):
 @torch.compiler.disable
 def kernel_sums(x, y, a, b, c, parameters, options: Options, ranks: Ranks) -> Tensor:
     """As mmd_sums.kernel_sums for the one problem of the rows of all ranks; [1]."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return _Sums.apply(x, y, a, b, c, parameters, options, ranks)
 
 

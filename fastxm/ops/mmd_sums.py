@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastxm.ops import dispatch, mmd_reference
-from fastxm.ops.eager import eager
+from fastxm.ops import mmd_reference
+from fastxm.ops.autograd import differentiable, no_autocast, vjp
 from fastxm.ops.mmd_backends import forward, tf32
 from fastxm.ops.mmd_problems import per_row
 from fastxm.ops.mmd_reference import Options
@@ -69,7 +69,7 @@ def _forward(
     """S [G], and the gradients of each problem's: dx, dy, da, db, dc [G, 3], dparameters [G, P]."""
     inputs = (x, y, a.contiguous(), b.contiguous(), c, parameters)
     options = Options(terms, drop_self, drop_paired, precision)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return forward(inputs, (x_starts, y_starts), options, wanted)
 
 
@@ -99,7 +99,7 @@ def _backward(ctx, dtotal, *_):
     if torch.is_grad_enabled():
         formula = partial(mmd_reference.kernel_sums, starts, Options(*ctx.options))
         with tf32(dtotal.device, ctx.options[3] == "tf32"):
-            found = dispatch.vjp(formula, inputs[:6], [dtotal])
+            found = vjp(formula, inputs[:6], [dtotal])
     else:
         x_of, y_of = (per_row(dtotal, s, len(d)) for s, d in zip(starts, (da, db)))
         ready = (lambda: x_of[..., None] * dx, lambda: y_of[..., None] * dy, lambda: x_of * da,
@@ -110,5 +110,4 @@ def _backward(ctx, dtotal, *_):
     return (*found, *(None,) * 7)
 
 
-_fwd.register_autograd(_backward, setup_context=_save)
-_sums = eager(_fwd, _forward, _save, _backward)
+_sums = differentiable(_fwd, _forward, _save, _backward)

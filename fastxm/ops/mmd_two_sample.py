@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
+from fastxm.ops.autograd import no_autocast
 from fastxm.ops.mmd_backends import tf32
 from fastxm.ops.mmd_checks import problem
 from fastxm.ops.mmd_kernels import Kernel
@@ -35,7 +36,7 @@ def mmd_permutation_test(
     if permutations < 1:
         raise ValueError(f"permutations must be 1 or more, not {permutations}")
     n, m = len(x), len(y)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(x):
         x, y = dispatch.wide(x, y)
         rows = {False: torch.cat([x, y]), True: torch.cat(centred(x, y))}
         scores = torch.rand(n + m, permutations, generator=generator, device=x.device)

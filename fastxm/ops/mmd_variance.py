@@ -1,8 +1,9 @@
 """The variance of the unbiased estimate of MMD^2, for tests and their power."""
 
-from torch import Tensor, autocast
+from torch import Tensor
 
 from fastxm.ops import dispatch
+from fastxm.ops.autograd import no_autocast
 from fastxm.ops.mmd_checks import problem, stated
 from fastxm.ops.mmd_kernels import Kernel
 from fastxm.ops.mmd_moments import moments
@@ -32,7 +33,7 @@ def mmd2_and_variance(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Ten
     m = len(x)
     if m < 4:
         raise ValueError(f"mmd2_and_variance needs 4 rows or more, not {m}")
-    with autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         x, y = dispatch.wide(x, y)
         if all(k.radial for k in kernel.terms):
             x, y = centred(x, y)

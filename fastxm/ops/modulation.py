@@ -19,6 +19,7 @@ from torch import Tensor
 from fastxm.ops import dispatch
 from fastxm.ops import modulation_passes as passes
 from fastxm.ops import modulation_reference as reference
+from fastxm.ops.autograd import at_once, differentiable, vjp
 from fastxm.ops.modulation_checks import AXES, check, check_running
 
 
@@ -68,7 +69,7 @@ def modulation(
             raise ValueError("modulation with training=False needs running_mean and running_var")
         axes, mean, var = [], running_mean.view(1, -1, 1, 1), running_var.view(1, -1, 1, 1)
     ranks = group.group_name if group is not None and axes == AXES["batch"] else ""
-    out, mean, var = _fwd(x, gamma, beta, mean, var, axes, eps, activation == "relu", ranks)
+    out, mean, var = _modulation(x, gamma, beta, mean, var, axes, eps, activation == "relu", ranks)
     # the statistics of no rows are NaN, and none of running ones
     moved = axes == AXES["batch"] and (x.numel() > 0 or ranks != "")
     if moved and running_mean is not None and running_var is not None:
@@ -87,14 +88,16 @@ def _backend(x: Tensor) -> Any:
     return reference if name == "reference" else passes.Fused(name)
 
 
-@torch.library.custom_op("fastxm::modulation_fwd", mutates_args=())
-def _fwd(
+def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor | None, var: Tensor | None,
     axes: list[int], eps: float, relu: bool, group: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if mean is not None and var is not None:  # an output is no view of an input
         mean, var = (t.to(x.device, dispatch.wide_dtype(x), copy=True) for t in (mean, var))
     return _backend(x).fwd(x, gamma, beta, mean, var, axes, eps, relu, group)
+
+
+_fwd = torch.library.custom_op("fastxm::modulation_fwd", _forward, mutates_args=())
 
 
 @_fwd.register_fake
@@ -104,12 +107,15 @@ def _(x, gamma, beta, mean, var, axes, eps, relu, group=""):
     return torch.empty_like(x, memory_format=reference.layout(x)), mean, var
 
 
-@torch.library.custom_op("fastxm::modulation_bwd", mutates_args=())
-def _bwd(
+def _gradients(
     dout: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor,
     axes: list[int], eps: float, relu: bool, group: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _backend(x).bwd(dout, x, gamma, beta, mean, var, axes, eps, relu, group)
+
+
+_bwd = torch.library.custom_op("fastxm::modulation_bwd", _gradients, mutates_args=())
+gradients = at_once(_bwd, _gradients)
 
 
 @_bwd.register_fake
@@ -127,10 +133,10 @@ def _backward(ctx, dout, *_):
     *maps, mean, var = ctx.saved_tensors
     rest = (mean, var, *ctx.options)
     if torch.is_grad_enabled():
-        grads = dispatch.vjp(lambda *m: reference.fwd(*m, *rest)[0], maps, (dout,))
+        grads = vjp(lambda *m: reference.fwd(*m, *rest)[0], maps, (dout,))
     else:
-        grads = _bwd(dout, *maps, *rest)
+        grads = gradients(dout, *maps, *rest)
     return *grads, *[None] * 6
 
 
-_fwd.register_autograd(_backward, setup_context=_save)
+_modulation = differentiable(_fwd, _forward, _save, _backward)

@@ -1,6 +1,5 @@
 """Region-word scores as one op of PyTorch: which backend runs, and autograd."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from fastxm.ops import region_word_products as products
 from fastxm.ops import region_word_reference as reference
 from fastxm.ops import region_word_tiles as tiles
 from fastxm.ops import region_word_triton as triton
-from fastxm.ops.eager import eager, runs_at_once
+from fastxm.ops.autograd import at_once, differentiable, no_autocast
 
 BACKENDS = {"reference": reference, "cpu": blocks, "cuda": blocks, "triton": triton}
 
@@ -43,7 +42,7 @@ def _scores(
 ) -> tuple[Tensor, Tensor]:
     dtype = dispatch.wide_dtype(regions, words)
     kept = words.new_empty(products.kept_shape(regions, words, keep), dtype=dtype)
-    with torch.autocast(words.device.type, enabled=False):  # regions may stay in half precision
+    with no_autocast(words):  # regions may stay in half precision
         args = (regions, words, lengths, kept, sharp, pool, word_softmax)
         return backend(regions, words).fwd(*args), kept
 
@@ -60,13 +59,14 @@ def _gradients(
     of_words: bool,
 ) -> tuple[Tensor, Tensor]:
     options = (sharp, pool, word_softmax)
-    with torch.autocast(words.device.type, enabled=False):
+    with no_autocast(words):
         given = (dscores, regions, words, lengths, kept, *options)
         return backend(regions, words).bwd(*given, of_words=of_words)
 
 
 scores_of = torch.library.custom_op("fastxm::region_word_fwd", _scores, mutates_args=())
 gradients_of = torch.library.custom_op("fastxm::region_word_bwd", _gradients, mutates_args=())
+gradients = at_once(gradients_of, _gradients)
 
 
 @scores_of.register_fake
@@ -89,10 +89,9 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # of what is kept, which is large
 
 
-def _backward(ctx, dscores, _, at_once=False):
+def _backward(ctx, dscores, _):
     if dscores is None:
         return (None,) * len(ctx.needs_input_grad)
-    gradients = _gradients if at_once and runs_at_once(dscores) else gradients_of
     regions, words, lengths, kept = ctx.saved_tensors
     if torch.is_grad_enabled():
         given = (dscores, regions, words, lengths, *ctx.options)
@@ -105,7 +104,4 @@ def _backward(ctx, dscores, _, at_once=False):
     return dregions, dwords, None, None, None, None, None
 
 
-scores_of.register_autograd(_backward, setup_context=_save)
-
-# scores_of, without what its registration costs where PyTorch does not trace or transform it
-scores = eager(scores_of, _scores, _save, partial(_backward, at_once=True))
+scores = differentiable(scores_of, _scores, _save, _backward)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastxm.ops.dispatch import unit_rows, vjp, wide
+from fastxm.ops.autograd import vjp
+from fastxm.ops.dispatch import unit_rows, wide
 
 EPS = 1e-12  # least squared norm, as in unit_rows
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import ring
-from fastxm.ops.dispatch import one_device, vjp, wide_dtype
+from fastxm.ops.autograd import differentiable, no_autocast, vjp
+from fastxm.ops.dispatch import one_device, wide_dtype
 from fastxm.ops.distributed import gather_rows, row_counts
 from fastxm.ops.scalar import scalar
 from fastxm.ops.siglip_pairs import formula, pair_sums
@@ -57,18 +58,21 @@ def siglip(
     scale = scalar("logit_scale", logit_scale, dtype, x.device)
     bias = scalar("logit_bias", logit_bias, dtype, x.device)
     if group is None:
-        return loss_of(x, y, scale, bias, torch.is_grad_enabled())[0] / len(x)
+        return losses(x, y, scale, bias, torch.is_grad_enabled())[0] / len(x)
     return _across_ranks(x, y, scale, bias, group)
 
 
-@torch.library.custom_op("fastxm::siglip", mutates_args=())
-def loss_of(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, gradients: bool,
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, gradients: bool,
+          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum over all pairs, and its gradients to the four tensors, or empty ones: wide, for the
     sum's may be beyond float16 where the mean's are not."""
-    loss, found = pair_sums(x, y, scale, bias, True, gradients)
+    with no_autocast(x):
+        loss, found = pair_sums(x, y, scale, bias, True, gradients)
     dx, dy, dscale, dbias = found or (loss.new_empty(0) for _ in range(4))
     return loss, dx, dy, dscale, dbias
+
+
+loss_of = torch.library.custom_op("fastxm::siglip", _loss, mutates_args=())
 
 
 @loss_of.register_fake
@@ -95,15 +99,13 @@ def _backward(ctx, dloss, *_):
     return *((dloss * grad).to(t.dtype) for grad, t in zip(grads, inputs)), None
 
 
-loss_of.register_autograd(_backward, setup_context=_save)
-loss_of.register_autocast("cpu", torch.float32)
-loss_of.register_autocast("cuda", torch.float32)
+losses = differentiable(loss_of, _loss, _save, _backward)
 
 
 @torch.compiler.disable
 def _across_ranks(x, y, scale, bias, group) -> Tensor:
     counts = row_counts(len(x), x.device, group)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         loss = _Ranks.apply(x, y, scale, bias, counts, group)
     return loss * len(counts) / sum(counts)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
+from fastxm.ops.autograd import no_autocast
 
 
 def word_attention(
@@ -39,7 +40,7 @@ def word_attention(
     if lengths.shape != words.shape[:1]:
         raise ValueError(f"attention needs lengths [B] beside words [B, T, E], not {shapes}")
     here = torch.arange(words.shape[1], device=words.device) < lengths[:, None]  # [B, T]
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         q, w = dispatch.wide(query.flatten(2), words)
         cosines = (w * _inverse_norm(w, 2)) @ q * _inverse_norm(q, 1)  # [B, T, h w]
         # a finite floor and then zero: a text without words gives zero, not NaN

@@ -63,6 +63,22 @@ def test_batched_gradients(name):
     torch.testing.assert_close(found, cotangents[:, None, None] * one)
 
 
-def test_meta():
-    x = torch.empty(6, 4, device="meta")
-    assert info_nce(x, x, 2.0).device.type == "meta"
+META = [name for name in OPS if name not in ("region_word", "softmax of words", "modulation")]
+
+
+@pytest.mark.parametrize("name", META)
+def test_meta(name, monkeypatch):
+    x = torch.empty(6, 4, device="meta", requires_grad=True)
+    monkeypatch.setitem(globals(), "Y", torch.empty(6, 4, device="meta"))
+    loss = OPS[name](x)
+    loss.backward()
+    assert loss.device.type == x.grad.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_tangent_goes_missing(name):
+    # forward mode is not there, and says so
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(leaf(), torch.ones(6, 4))
+        with pytest.raises(NotImplementedError):
+            OPS[name](x)
