@@ -55,6 +55,9 @@ struct LogitGradients {
 template <class E>
 constexpr std::int64_t kRowsAtOnce = kStrip / kTile<E> * kTile<E>;
 
+template <class E>
+constexpr std::int64_t kMostTiles = sizeof(E) == 2 ? 8 : 10;  // of rows that those with y take
+
 // Products with y [M, D]: gradients of x.
 template <class E>
 class RowProducts {
@@ -69,14 +72,17 @@ class RowProducts {
   template <class Out>
   void multiply(const LogitGradients<E>& ds, Out* dx, const Finish<E>& end, std::int64_t begin,
                 int threads) const {
-    const std::int64_t rows = ds.b.rows;
-    std::int64_t tiles = sizeof(E) == 2 ? 8 : 10;  // of a part
-    auto few = [&] { return rows < 2 * threads * tiles * kTile<E>; };
-    while (tiles > 1 && (few() || tiles * kTile<E> * D_ > (1 << 18))) tiles = (tiles + 1) / 2;
-    const std::int64_t part = tiles * kTile<E>;
+    const std::int64_t rows = ds.b.rows, tiles = (rows + kTile<E> - 1) / kTile<E>;
+    // most of a part, whose sums stay in the second level of the cache; every thread has as many
+    const std::int64_t most = std::clamp<std::int64_t>(
+        (1 << 18) / (kTile<E> * std::max<std::int64_t>(1, D_)), 1, kMostTiles<E>);
+    const std::int64_t parts = round_up((tiles + most - 1) / most, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (std::int64_t i = 0; i < rows; i += part)
-      multiply_part(ds, i, std::min(part, rows - i), dx + i * D_, end, begin + i);
+    for (std::int64_t p = 0; p < parts; ++p) {
+      const auto edge = [&](std::int64_t q) { return (q * tiles + parts - 1) / parts * kTile<E>; };
+      const std::int64_t i = edge(p), stop = std::min(rows, edge(p + 1));
+      if (i < stop) multiply_part(ds, i, stop - i, dx + i * D_, end, begin + i);
+    }
   }
 
  private:
@@ -134,9 +140,7 @@ class ColumnProducts {
   void add(const LogitGradients<E>& ds, const E* x, bool add, int threads) {
     const std::int64_t rows = ds.b.rows, deep = deep_of(rows);
     Lines<E> turned((rows + deep - 1) / deep * D_ * kTurned);
-    // of few strips several threads take the same one, and of its sums some features each
-    const std::int64_t strips = std::max<std::int64_t>(1, (M_ + kStrip - 1) / kStrip);
-    const std::int64_t pieces = (threads + strips - 1) / strips;
+    const std::int64_t pieces = pieces_of(threads);
     const std::int64_t piece = std::max(kPanel, round_up((D_ + pieces - 1) / pieces, kPanel));
 #pragma omp parallel num_threads(threads)
     {
@@ -182,6 +186,20 @@ class ColumnProducts {
   static constexpr std::int64_t kMost = (kStrip + kTile<E> - 1) / kTile<E> * kTile<E>;
   static constexpr std::int64_t kTurned = kRowsAtOnce<E> + 32;
   static constexpr std::int64_t kFew = 1 << 20;  // sums that may have a place of their own: 4 MB
+
+  // Where strips would leave threads without work, several take the same one, and of its sums some
+  // features each: every piece makes the strip's gradients again, an eighth of its product's time.
+  std::int64_t pieces_of(int threads) const {
+    const std::int64_t strips = (M_ + kStrip - 1) / kStrip, panels = (D_ + kPanel - 1) / kPanel;
+    std::int64_t best = 1;
+    double least = INFINITY;
+    for (std::int64_t n = 1; n <= std::clamp<std::int64_t>(panels, 1, threads); ++n) {
+      const std::int64_t rounds = (strips * n + threads - 1) / threads;
+      const double time = static_cast<double>(rounds) * (8.0 / static_cast<double>(n) + 1);
+      if (time < least) least = time, best = n;
+    }
+    return best;
+  }
 
   // rows at a time; a few more where that are all, lest few take a pass of their own
   static std::int64_t deep_of(std::int64_t rows) { return rows <= kMost ? kMost : kRowsAtOnce<E>; }
