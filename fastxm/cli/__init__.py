@@ -145,8 +145,10 @@ def sample(arguments: list[str]) -> None:
         """
         from fastxm.training.logging import grid
 
-        if not captions:
-            raise ValueError("sample needs at least one caption")
+        if not captions or not all(caption.strip() for caption in captions):
+            raise ValueError("sample needs at least one caption, and none that is empty")
+        if out.suffix.lower() != ".png":
+            raise ValueError(f"sample writes a PNG: name it so, not {out.name}")
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, not {num_images}")
         images = load(model, device).generate(captions, num_images=num_images, seed=seed)

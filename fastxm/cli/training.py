@@ -32,8 +32,7 @@ SYSTEMS = {
 
 
 def train(arguments: list[str]) -> None:
-    """Train a system: xmcgan, mirrorgan (its stages: damsm, stream), selfsup, lafite, vdl,
-    dual-encoder."""
+    """Train a system, or a part of one alone: `fastxm train` names them."""
     systems = ", ".join(TRAIN)
     if not arguments or arguments[0] in ("-h", "--help"):
         say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {systems}")
@@ -59,8 +58,7 @@ def train_system(system: str, arguments: list[str]) -> "Run":
 
         config: training  # type: ignore[valid-type]
         """What decides the training."""
-        preset: str
-        """A named configuration."""
+        preset: Annotated[str, named(system)]
         out: Path
         """The run's directory."""
         resume: bool = False
@@ -84,6 +82,11 @@ def train_system(system: str, arguments: list[str]) -> "Run":
     if number() == 0:  # of several processes one tells
         finish(run, system, asked.out)
     return run
+
+
+def named(system: str) -> Any:
+    """The flag of a preset, whose help names all that there are."""
+    return tyro.conf.arg(help=f"A named configuration: {', '.join(configs.presets(system))}.")
 
 
 def base(system: str, arguments: list[str]) -> tuple[dict[str, Any], str, Path, str]:
@@ -119,8 +122,7 @@ def train_selfsup(arguments: list[str]) -> "list[Run]":
         """Train the self-supervised system; flags override the preset or the run to resume."""
 
         config: Annotated[SelfSupTraining, tyro.conf.arg(name="")]
-        preset: str
-        """A named configuration."""
+        preset: Annotated[str, named("selfsup")]
         out: Path
         """The run's directory."""
         resume: bool = False

@@ -114,11 +114,12 @@ class TextToImage(Pretrained):
 
 
 def check_captions(captions: Sequence[str]) -> list[str]:
-    if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+    listed = None if captions is None or isinstance(captions, str) else list(captions)
+    if listed is None or not all(isinstance(caption, str) for caption in listed):
         raise TypeError(f"captions are a list of strings, not {captions!r}")
-    if not captions:
+    if not listed:
         raise ValueError("generate needs at least one caption")
-    return list(captions)
+    return listed
 
 
 @contextlib.contextmanager

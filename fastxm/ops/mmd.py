@@ -84,6 +84,8 @@ def mmd2(
     given = (kernel, estimator, x_weight, y_weight, x_starts, y_starts)
     p = problem(x, y, *given, least=None if group is None else 0)
     precision = chosen(precision, x, y)
+    if block_size is not None and estimator != "block":
+        raise ValueError(f"block_size is for estimator 'block', not {estimator!r}")
     if group is not None and (p.x_starts is not None or estimator in ("linear", "block")):
         raise ValueError(f"a group takes one problem, and not estimator {estimator!r}")
     with no_autocast(x):

@@ -82,6 +82,10 @@ def test_help_of_a_command(capsys):
     said = capsys.readouterr().out
     assert "Draw pictures of captions into one PNG, a row for each caption." in said
     assert "--num-images" in said
+    with pytest.raises(SystemExit):
+        cli.main(["train", "xmcgan", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("coco-256", "cpu-demo", "emoji-128"))
 
 
 def test_a_run_can_be_sampled_and_resumed(folder, run, tmp_path, capsys):
@@ -229,6 +233,9 @@ def test_refusals_are_one_line(folder, run, tmp_path, capsys):
     assert "not " in refused(capsys, *train, "--data", missing, "--out", missing)
     assert "no model in" in refused(capsys, "sample", "a dog", "--model", missing)
     assert "one caption" in refused(capsys, "sample", "--model", str(run))
+    assert "none that is empty" in refused(capsys, "sample", "a dog", " ", "--model", str(run))
+    jpeg = ["sample", "a dog", "--model", str(run), "--out", missing + ".jpg"]
+    assert "writes a PNG" in refused(capsys, *jpeg)
     assert "image_size is one of" in refused(capsys, *train, "--image-size", "65", "--out", missing)
     assert "--preset" in refused(capsys, *train, "--preset")
     assert "Unrecognized options: --gff" in refused(capsys, *train, "--gff", "3")

@@ -98,6 +98,8 @@ def test_bad_input_is_refused(tmp_path):
     model = small()
     with pytest.raises(TypeError, match="captions are a list of strings"):
         model.generate("frog")
+    with pytest.raises(TypeError, match="captions are a list of strings"):
+        model.generate(None)
     with pytest.raises(ValueError, match="at least one caption"):
         model.generate([])
     with pytest.raises(ValueError, match="num_images"):

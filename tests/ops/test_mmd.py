@@ -409,7 +409,8 @@ def test_golden_estimators():
     x, y = fixture()
     for kernel, values in GOLDEN:
         for estimator, value in zip(ESTIMATORS, values):
-            got = mmd2(x, y, kernel, estimator=estimator, block_size=3)
+            size = 3 if estimator == "block" else None
+            got = mmd2(x, y, kernel, estimator=estimator, block_size=size)
             assert abs(got - value) < 1e-10, (kernel, estimator)
 
 
@@ -640,6 +641,7 @@ def ragged(x, y, x_starts, y_starts, **options):
         (ValueError, lambda x, y: mmd2(x, y, estimator="median")),
         (ValueError, lambda x, y: mmd2(x, y[:3], estimator="linear")),
         (ValueError, lambda x, y: mmd2(x, y, estimator="block", block_size=1)),
+        (ValueError, lambda x, y: mmd2(x, y, block_size=3)),
         (ValueError, lambda x, y: mmd2(x, y, x_weight=x[:3, 0])),
         (ValueError, lambda x, y: mmd2(x, y, estimator="block", x_weight=x[:, 0])),
         (ValueError, lambda x, y: mmd2_and_variance(x[:3], y[:3], RBF())),
