@@ -3,7 +3,8 @@
 python benchmarks/page.py benchmarks/results/<machine> [<another> ..] [--page docs/contrastive.md]
 
 What stands between the marks <!-- measured --> and <!-- end --> is replaced by tables of the files
-info_nce.json and region_word.json there; the picture is of the first machine.
+info_nce.json and region_word.json there; the picture is of the first machine, and so are the GPU
+kernels, which no machine changes. The tables of the others are folded up.
 """
 
 import argparse
@@ -115,7 +116,7 @@ def figures(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
-def section(result: dict) -> list[str]:
+def section(result: dict, first: bool) -> list[str]:
     rows, alone = with_limits(result["rows"]), result.get("memory", [])
     parts = [f"### {result['op']}"]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -129,18 +130,21 @@ def section(result: dict) -> list[str]:
     if absent:
         other[f"Not installed: {', '.join(absent)}."] = None
     parts += [" ".join(other)] if other else []
-    if result.get("kernels"):
+    if first and result.get("kernels"):
         of = f" of {result['kernels_commit']}" if "kernels_commit" in result else ""
         head = f"Its GPU kernels{of}, the most that any variant takes:"
         parts += [head, kernels(result["kernels"])]
     return parts
 
 
-def of_machine(results: list[dict]) -> list[str]:
-    first = results[0]
-    where = f"{first['chip']}, {first['threads']} threads, PyTorch {first['torch']}"
-    parts = [f"On {where}, fastxm {first['commit']}."]
-    return parts + [part for result in results for part in section(result)]
+def of_machine(results: list[dict], first: bool) -> list[str]:
+    one = results[0]
+    where = f"On {one['chip']}, {one['threads']} threads, PyTorch {one['torch']}"
+    where += f", fastxm {one['commit']}"
+    parts = [part for result in results for part in section(result, first)]
+    if first:
+        return [f"{where}.", *parts]
+    return ["<details>", f"<summary>{where}</summary>", *parts, "</details>"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         [json.loads((folder / f"{op}.json").read_text()) for op in ("info_nce", "region_word")]
         for folder in args.folders
     ]
-    first, parts = machines[0][0], [part for results in machines for part in of_machine(results)]
+    first = machines[0][0]
+    parts = [part for i, results in enumerate(machines) for part in of_machine(results, i == 0)]
     text = args.page.read_text()
     if text.count(MARKS[0]) != 1 or MARKS[1] not in text.split(MARKS[0])[1]:
         raise SystemExit(f"{args.page} has no place for the tables: {MARKS[0]} and {MARKS[1]}")

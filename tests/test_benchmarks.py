@@ -135,8 +135,11 @@ def test_page_has_its_tables_and_picture(tmp_path):
     assert "| Triton `it_kernel`, sm_90a | 1 | 9 | 0 | 64 |" in found
     assert text.with_suffix(".png").stat().st_size > 10_000
     page.main([str(tmp_path), str(tmp_path), "--page", str(text)])  # of two machines
-    assert text.read_text().count("On a chip, 1 threads") == 2
-    assert text.read_text().endswith("after\n")
+    found = text.read_text()
+    assert found.count("On a chip, 1 threads") == 2
+    assert found.index("`it_kernel`") < found.index("<details>") < found.index("</details>")
+    assert found.count("`it_kernel`, sm_90a") == 2  # of both ops, of the first machine
+    assert found.endswith("after\n")
     assert (ROOT / "docs/contrastive.md").read_text().count(page.MARKS[0]) == 1
 
 
