@@ -188,14 +188,16 @@ class ColumnProducts {
   static constexpr std::int64_t kFew = 1 << 20;  // sums that may have a place of their own: 4 MB
 
   // Where strips would leave threads without work, several take the same one, and of its sums some
-  // features each: every piece makes the strip's gradients again, an eighth of its product's time.
+  // features each: every piece makes the strip's gradients again, an eighth of its product's time
+  // (a half by AMX, which multiplies that much faster).
   std::int64_t pieces_of(int threads) const {
     const std::int64_t strips = (M_ + kStrip - 1) / kStrip, panels = (D_ + kPanel - 1) / kPanel;
     std::int64_t best = 1;
+    const double product = sizeof(E) == 2 && gemm_amx() ? 2 : 8;
     double least = INFINITY;
     for (std::int64_t n = 1; n <= std::clamp<std::int64_t>(panels, 1, threads); ++n) {
       const std::int64_t rounds = (strips * n + threads - 1) / threads;
-      const double time = static_cast<double>(rounds) * (8.0 / static_cast<double>(n) + 1);
+      const double time = static_cast<double>(rounds) * (product / static_cast<double>(n) + 1);
       if (time < least) least = time, best = n;
     }
     return best;
