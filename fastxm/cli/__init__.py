@@ -15,7 +15,7 @@ from rich.console import Console
 import fastxm
 from fastxm.cli.evaluation import evaluate, load
 from fastxm.cli.flags import parse, say
-from fastxm.cli.training import train, train_system
+from fastxm.cli.training import exit_code, train, train_system
 from fastxm.training import config as configs
 
 DEMO_CAPTIONS = [
@@ -191,10 +191,10 @@ def doctor(arguments: list[str]) -> None:
     parse(run, "doctor", arguments)
 
 
-def demo(arguments: list[str]) -> None:
+def demo(arguments: list[str]) -> int:
     """Prepare emoji, train XMC-GAN on the CPU for a quarter of an hour, and draw."""
 
-    def run(out: Path = Path("runs/demo"), minutes: float | None = None) -> None:
+    def run(out: Path = Path("runs/demo"), minutes: float | None = None) -> int:
         """Prepare emoji, train XMC-GAN on the CPU for a quarter of an hour, and draw.
 
         Args:
@@ -208,14 +208,17 @@ def demo(arguments: list[str]) -> None:
         if (out / "config.yaml").exists():
             flags.append("--resume")
         run = train_system("xmcgan", flags)
+        if run.interrupted:
+            return exit_code(run)
         blurred = configs.preset("xmcgan", "cpu-demo")["pixel_steps"]
         if run.step <= blurred:
             say(f"before step {blurred} pictures are blurs by design, and this machine took so few "
                 "in the time: `fastxm demo --minutes 60` goes on")  # fmt: skip
         where = ["--model", str(out), "--out", str(out / "demo.png")]
         sample([*DEMO_CAPTIONS, "--num-images", "1", *where])
+        return 0
 
-    parse(run, "demo", arguments)
+    return parse(run, "demo", arguments)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

@@ -31,15 +31,21 @@ SYSTEMS = {
 }
 
 
-def train(arguments: list[str]) -> None:
+def train(arguments: list[str]) -> int:
     """Train a system, or a part of one alone: `fastxm train` names them."""
     systems = ", ".join(TRAIN)
     if not arguments or arguments[0] in ("-h", "--help"):
         say("usage: fastxm train SYSTEM ... [--help]", "", f"SYSTEM: {systems}")
     elif arguments[0] in TRAIN:
-        TRAIN[arguments[0]](arguments[1:])
+        return TRAIN[arguments[0]](arguments[1:])
     else:
         raise ValueError(f"no system {arguments[0]!r} to train: there are {systems}")
+    return 0
+
+
+def exit_code(run: "Run") -> int:
+    """What a command ends with: 0, or as a shell has it of a signal."""
+    return 128 + run.interrupted if run.interrupted else 0
 
 
 def classes(system: str) -> tuple[Any, Any]:
@@ -89,6 +95,11 @@ def named(system: str) -> Any:
     return tyro.conf.arg(help=f"A named configuration: {', '.join(configs.presets(system))}.")
 
 
+def train_one(system: str, arguments: list[str]) -> int:
+    """`train_system` as a command."""
+    return exit_code(train_system(system, arguments))
+
+
 def base(system: str, arguments: list[str]) -> tuple[dict[str, Any], str, Path, str]:
     """The values that flags override: of the preset, or of the run to resume if none is named.
 
@@ -112,7 +123,7 @@ def base(system: str, arguments: list[str]) -> tuple[dict[str, Any], str, Path, 
     return values, preset, out, where
 
 
-def train_selfsup(arguments: list[str]) -> "list[Run]":
+def train_selfsup(arguments: list[str]) -> int:
     """Train the self-supervised system, all stages in order."""
     from fastxm.training.selfsup import SelfSupTraining
     from fastxm.training.selfsup import train_selfsup as fit
@@ -141,7 +152,7 @@ def train_selfsup(arguments: list[str]) -> "list[Run]":
         say(f"go on with: {resuming('selfsup', asked.out)}")
     else:
         say(f"model:  {asked.out / 'model'}")
-    return runs
+    return exit_code(runs[-1])
 
 
 def resuming(system: str, out: Path) -> str:
@@ -164,7 +175,7 @@ def finish(run: "Run", system: str, out: Path) -> None:
         say(f"go on with: {resuming(system, out)}")
 
 
-def train_dual_encoder(arguments: list[str]) -> None:
+def train_dual_encoder(arguments: list[str]) -> int:
     """Train the dual encoder that ranks pictures and captions."""
     import torch
 
@@ -187,17 +198,18 @@ def train_dual_encoder(arguments: list[str]) -> None:
     with started(torch.device("cpu")) as ranks:
         model, metrics = fit(asked.config, progress=ranks.first, ranks=ranks)
     if not ranks.first:
-        return
+        return 0
     configs.write(asked.out / "config.yaml", "dual-encoder", asked.config)
     (asked.out / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     model.save_pretrained(asked.out / "model")
     said = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
     say(f"held-out concepts:  {said or 'none'}", f"model:              {asked.out / 'model'}")
+    return 0
 
 
-# what `fastxm train SYSTEM` calls with the arguments after it
-TRAIN: dict[str, Callable[[list[str]], object]] = {
-    **{system: partial(train_system, system) for system in SYSTEMS},
+# what `fastxm train SYSTEM` calls with the arguments after it; returns the exit code
+TRAIN: dict[str, Callable[[list[str]], int]] = {
+    **{system: partial(train_one, system) for system in SYSTEMS},
     "selfsup": train_selfsup,
     "dual-encoder": train_dual_encoder,
 }

@@ -48,6 +48,9 @@ class LoopConfig:
             raise ValueError(f"max_minutes must be above 0, not {self.max_minutes}")
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
 class NonFiniteLoss(RuntimeError):
     """A loss or a weight became infinite or NaN; the last checkpoint is from before."""
 
@@ -62,7 +65,7 @@ class Run:
         seconds: time spent training, over all its parts.
         grid: the last sample grid; None where the recipe draws none.
         model: the exported model.
-        interrupted: whether a signal ended it before its time.
+        interrupted: the signal that ended it before its time; 0 for none.
     """
 
     out: Path
@@ -70,7 +73,7 @@ class Run:
     seconds: float
     grid: Path | None
     model: Path
-    interrupted: bool
+    interrupted: int
 
 
 @dataclass
@@ -142,7 +145,8 @@ def train(recipe: Recipe, out: Path, loop: LoopConfig, *, resume: bool = False) 
             run = Loop(recipe, out, loop, log, progress)
             while not recipe.ranks.any(run.finished() or bool(stopped)):
                 run.step()
-            return run.close(recipe.ranks.any(bool(stopped)))
+            came = [int(n) for n in STOPPING if recipe.ranks.any(n in stopped)]
+            return run.close(came[0] if came else 0)
 
 
 def begin(recipe: Recipe, last: Path | None) -> Progress:
@@ -277,7 +281,7 @@ class Loop:
         with mark("checkpoint"):
             checkpoint.save(folder, self.at.step, self.recipe.identity(), state, keep)
 
-    def close(self, interrupted: bool) -> Run:
+    def close(self, interrupted: int) -> Run:
         if self.at.step > self.saved_at:
             self.save()
         self.draw()
@@ -311,7 +315,7 @@ def stop_signals() -> Iterator[list[int]]:
         signal.signal(number, before[signal.Signals(number)])
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             before[number] = signal.signal(number, note)
     except ValueError:  # only the main thread may set handlers
         before.clear()

@@ -1,7 +1,9 @@
 """The commands as a user types them: what they leave, what they say, how they refuse."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -18,6 +20,7 @@ import fastxm
 from fastxm import cli
 from fastxm.cli import evaluation as evaluation_command
 from fastxm.training import config as configs
+from fastxm.training.trainer import Loop
 from fastxm.training.xmcgan import XMCGANTraining
 
 TINY = ["--gf", "2", "--df", "2", "--z-dim", "4", "--cond-dim", "4", "--image-size", "64",
@@ -278,7 +281,7 @@ def test_bench_runs_a_script_and_returns_its_code(tmp_path, monkeypatch, capsys)
 
 
 def test_demo_is_prepare_train_sample_and_goes_on(tmp_path, monkeypatch, capsys):
-    called, run = [], SimpleNamespace(step=1000)
+    called, run = [], SimpleNamespace(step=1000, interrupted=0)
 
     def call(name, *flags):
         called.append((name, *flags))
@@ -297,6 +300,27 @@ def test_demo_is_prepare_train_sample_and_goes_on(tmp_path, monkeypatch, capsys)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 0
     assert "blurs" not in capsys.readouterr().out
     assert called[4][2][-1] == "--resume"
+    run.interrupted = signal.SIGINT
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 130
+    assert [name for name, *_ in called[6:]] == ["prepare", "train_system"]
+
+
+def test_a_signal_shows_in_the_exit_code(folder, tmp_path, monkeypatch, capsys):
+    step = Loop.step
+
+    def ended(loop):
+        step(loop)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    out = str(tmp_path / "run")
+    begin = ["train", "xmcgan", "--data", str(folder), *TINY, "--steps", "2", "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", ended)
+        assert cli.main(begin) == 128 + signal.SIGTERM
+    said = capsys.readouterr().out
+    assert "interrupted after 1 steps" in said
+    assert f"go on with: fastxm train xmcgan --resume --out {out}" in said
+    assert cli.main(["train", "xmcgan", "--resume", "--out", out]) == 0
 
 
 def test_every_preset_is_a_configuration():

@@ -172,7 +172,7 @@ def test_the_numbers_are_those_of_one_process(runs, name):
 
 
 def test_a_signal_to_one_stops_all(runs):
-    assert found(runs, "signalled") == [(5, True, True), (5, True, False), (5, True, False)]
+    assert found(runs, "signalled") == [(5, 2, True), (5, 2, False), (5, 2, False)]
     kept = checkpoint.steps(runs / "signalled" / "checkpoints")
     assert [path.name for path in kept] == ["step-00000005"]
 

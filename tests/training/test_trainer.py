@@ -190,7 +190,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path):
 
     before = signal.getsignal(signal.SIGINT)
     run = train(Signalled(), tmp_path / "run", LOOP)
-    assert run.interrupted
+    assert run.interrupted == signal.SIGINT
     assert run.step == 5
     assert [p.name for p in checkpoint.steps(run.out / "checkpoints")] == ["step-00000005"]
     assert signal.getsignal(signal.SIGINT) is before
