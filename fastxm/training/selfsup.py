@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from fastxm import encoders
 from fastxm.models.selfsup import CrossModalAutoencoder
 from fastxm.training import config as configs
 from fastxm.training.image_autoencoder import ImageRecipe, ImageTraining
@@ -76,10 +77,12 @@ def train_selfsup(config: SelfSupTraining, out: Path, *, resume: bool = False) -
 
     Raises:
         ValueError: as `train_stages`, or there are several processes.
+        ImportError, FileNotFoundError: the image encoder or its weights are not there.
     """
     alone("selfsup")
     made = stages(config, out)
     check(made, out, resume=resume)
+    encoders.image_encoder(config.image.model.image_encoder)  # tells before hours if it is absent
     configs.write(out / "config.yaml", "selfsup", config)
     runs = train_stages(made, out, resume=resume)
     if not runs[-1].interrupted:

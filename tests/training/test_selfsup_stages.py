@@ -190,6 +190,16 @@ def test_every_preset_is_a_configuration():
     assert sum(minutes) <= 18  # of twenty: features and the stages' beginnings take the rest
 
 
+def test_an_encoder_that_is_not_there_is_told_before_the_first_stage(data, tmp_path, monkeypatch):
+    def absent(source):
+        raise ModuleNotFoundError(f"the weights of {source} are not installed")
+
+    monkeypatch.setattr(encoders, "image_encoder", absent)
+    with pytest.raises(ModuleNotFoundError, match="weights of colours"):
+        selfsup.train_selfsup(small(data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(config, "preset", lambda system, name: {**SMALL, "data": str(data)})
     out = tmp_path / "run"
