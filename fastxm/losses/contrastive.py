@@ -67,7 +67,7 @@ def pseudo_text_loss(
         images, text = (all_rows(t, group) for t in (images, text))
         cosines = F.normalize(images.float(), dim=1) @ F.normalize(text.float(), dim=1).T
         logits = (cosines / temperature).exp()
-        target = torch.arange(len(logits), device=logits.device)
+        target = torch.arange(logits.shape[0], device=logits.device)
         parts = [lambda: F.cross_entropy(logits.T, target), lambda: F.cross_entropy(logits, target)]
     else:
         options: dict[str, Any] = {"normalize": True, "symmetric": False, "group": group}
@@ -189,14 +189,14 @@ def scores_of_all(
     words = words.to(regions.dtype)
     if group is None:
         return region_word_scores(regions, words, lengths, **options)
-    counts = row_counts(len(words), words.device, group)
+    counts = row_counts(words.shape[0], words.device, group)
     words, lengths = (gather_rows(t, counts, group) for t in (words, lengths))
     return gather_rows(region_word_scores(regions, words, lengths, **options).T, counts, group).T
 
 
 def both_ways(logits: Tensor) -> Tensor:
     """Cross entropy of telling row i's partner, column i, plus that of column i's, row i."""
-    target = torch.arange(len(logits), device=logits.device)
+    target = torch.arange(logits.shape[0], device=logits.device)
     return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
 
 

@@ -1,30 +1,44 @@
-"""Ops and autograd: what a registered op costs to call, second derivatives, autocast."""
+"""Ops and autograd: the cost of a registered op, torch.func, forward mode, second derivatives."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastxm.ops.vjp import vjp
 
 
 def differentiable(
-    op: Any, work: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+    op: Any,
+    work: Callable[..., Any],
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+    formula: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Registers the backward of an op, and returns what calls the op or, where nothing traces it,
-    what it does: a registered op with a backward takes some 0.15 ms to call, longer than the work
-    on a hundred rows.
+    """Registers the backward of an op, and returns what calls the op by the way that fits:
+
+        while torch.compile, export or another mode traces    the op
+        in forward mode (forward_ad, torch.func.jvp)           the formula
+        in torch.func.grad, vmap and the like                  the work, problem by problem in vmap
+        else                                                   the work
+
+    A registered op with a backward takes some 0.15 ms to call, longer than the work on a hundred
+    rows; torch.func cannot take gradients of one, and loses the tangents of its inputs.
 
     The first argument of all is a tensor, by which the choice is made.
 
     Args:
-        op: of torch.library.custom_op.
+        op: of torch.library.custom_op; None where the work is plain PyTorch, which modes see into.
         work: what it does.
         save, backward: as its register_autograd takes them.
+        formula: the work in plain PyTorch. Without one forward mode is refused.
     """
-    op.register_autograd(backward, setup_context=save)
+    if op is not None:
+        op.register_autograd(backward, setup_context=save)
 
-    class AtOnce(torch.autograd.Function):
+    class Work(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = work(*inputs)
@@ -35,59 +49,69 @@ def differentiable(
         def backward(ctx: Any, *cotangents: Any) -> Any:
             return backward(ctx, *cotangents)
 
+    class Transformed(Work):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return call(*inputs)
+
+        setup_context = staticmethod(save)
+
+        @staticmethod
+        def vmap(info: Any, dims: Sequence[Any], *inputs: Any) -> Any:
+            def one(i: int) -> Any:
+                return call(*(x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                              for x, dim in zip(inputs, dims)))  # fmt: skip
+
+            each = [*zip(*(one(i) for i in range(info.batch_size)))]
+            outputs = [None if of[0] is None else torch.stack(of) for of in each]
+            return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
+
     def call(x: Tensor, *inputs: Any) -> Any:
-        return (AtOnce.apply if runs_at_once(x) else op)(x, *inputs)
+        if formula is not None and forward_ad._current_level >= 0:
+            return formula(x, *inputs)
+        if op is not None and torch.compiler.is_compiling():
+            return op(x, *inputs)
+        if torch._C._are_functorch_transforms_active():
+            return Transformed.apply(x, *inputs)
+        if op is not None and not _runs_at_once(x):
+            return op(x, *inputs)
+        return (Work.apply if torch.is_grad_enabled() else work)(x, *inputs)
 
     return call
 
 
-def at_once(op: Callable[..., Any], work: Callable[..., Any]) -> Callable[..., Any]:
-    """What calls an op without a backward, or what it does; chosen as in `differentiable`."""
-    return lambda x, *inputs: (work if runs_at_once(x) else op)(x, *inputs)
+def gradient(op: Any, work: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
+    """`differentiable`, for the gradient of another op: its own gradient is that of a formula.
+
+    So a first derivative costs the same whether or not a second one will be asked for.
+
+    Args:
+        op, work: as of `differentiable`.
+        formula: the same gradients in plain PyTorch, or None in place of those of inputs that
+            need none. May start with the other op's formula: see `vjp`.
+    """
+
+    def save(ctx, inputs, output):
+        tensors = [isinstance(x, Tensor) for x in inputs]
+        ctx.save_for_backward(*(x for x, is_tensor in zip(inputs, tensors) if is_tensor))
+        ctx.others = [None if is_tensor else x for x, is_tensor in zip(inputs, tensors)]
+        ctx.tensors = tensors
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, *cotangents):
+        saved = iter(ctx.saved_tensors)
+        pairs = zip(ctx.tensors, ctx.others)
+        inputs = [next(saved) if is_tensor else other for is_tensor, other in pairs]
+        return tuple(vjp(formula, inputs, cotangents, ctx.needs_input_grad))
+
+    return differentiable(op, work, save, backward)
 
 
-def runs_at_once(x: Tensor) -> bool:
-    """Whether ops on x run as they are called: no torch.compile, functorch transform or mode."""
+def _runs_at_once(x: Tensor) -> bool:
+    # plain tensors, and no mode to see the op
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type != "meta"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
         and not torch._C._functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
         and not torch._C._len_torch_dispatch_stack()
     )
-
-
-def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off for x's device."""
-    kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
-
-
-def vjp(
-    formula: Callable[..., Tensor | tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    cotangents: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Gradients of a formula by autograd, themselves differentiable: the second-order path.
-
-    Args:
-        formula: the op in plain PyTorch, called with `inputs`.
-        inputs: tensors, or None where an optional one is left out.
-        cotangents: one for each output of the formula; None for an output that is not used.
-
-    Returns:
-        one gradient for each input; None where it needs none.
-    """
-    with torch.enable_grad(), no_autocast(next(x for x in inputs if x is not None)):
-        inputs = [x if x is None else x.view_as(x) for x in inputs]  # two may be one tensor
-        outputs = formula(*inputs)
-        outs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(o, c) for o, c in zip(outs, cotangents) if c is not None and o.requires_grad]
-        wanted = [x for x in inputs if x is not None and x.requires_grad]
-        if not pairs or not wanted:
-            return [None for _ in inputs]
-        outs, cots = zip(*pairs)
-        found = iter(torch.autograd.grad(outs, wanted, cots, create_graph=True, allow_unused=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,3 +120,10 @@ def unit_rows(x: Tensor) -> Tensor:
 def threads() -> int:
     """How many threads C++ kernels use: as many as PyTorch."""
     return torch.get_num_threads()
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for x's device."""
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()

@@ -92,7 +92,7 @@ def info_nce(
         losses, *statistics = info_nce_op.losses(
             *given, offset, store(x, y, budget), return_metrics
         )
-        rows = len(x)
+        rows = x.shape[0]
     if reduction == "mean" and group is None:
         loss = losses.mean()
     else:
@@ -112,7 +112,7 @@ def _check(x, y, labels, square, smoothing, offset, reduction) -> None:
         raise ValueError(f"info_nce needs x [N, D] and y [M, D], not {x.shape} and {y.shape}")
     if not x.is_floating_point() or not y.is_floating_point():
         raise TypeError(f"info_nce needs floating tensors, not {x.dtype} and {y.dtype}")
-    N, M = len(x), len(y)
+    N, M = x.shape[0], y.shape[0]
     if not 0 <= offset <= M - N or (square and N != M):
         raise ValueError(f"info_nce needs 0 <= offset <= M - N, and M = N if symmetric or of a "
                          f"group; N is {N}, M is {M}, offset is {offset}")  # fmt: skip

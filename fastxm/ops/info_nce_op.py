@@ -12,7 +12,8 @@ from fastxm.ops import info_nce_reference as reference
 from fastxm.ops import info_nce_rows as rows
 from fastxm.ops import info_nce_tiles as tiles
 from fastxm.ops import info_nce_triton as triton
-from fastxm.ops.autograd import at_once, differentiable, no_autocast
+from fastxm.ops.autograd import differentiable, gradient
+from fastxm.ops.dispatch import no_autocast
 
 BACKENDS = {"reference": reference, "cpu": tiles, "cuda": cuda, "triton": triton}
 # elements whose products cost as much time as to write one product and read it again; elsewhere
@@ -30,7 +31,7 @@ def store(x: Tensor, y: Tensor, budget: int) -> bool:
     itemsize = dispatch.wide_dtype(x, y).itemsize
     if x.device.type == "cpu" and tiles.fits(x, y):
         itemsize = 2 if tiles.halves(x, y) else 4
-    size = len(x) * len(y) * itemsize
+    size = x.shape[0] * y.shape[0] * itemsize
     return size <= budget and x.shape[1] >= WORTH.get(x.device.type, math.inf)
 
 
@@ -68,7 +69,7 @@ def _gradients(dloss: Tensor, x: Tensor, y: Tensor, scale: Tensor, rnorms: Tenso
                symmetric: bool, smoothing: float, offset: int,
                ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dy and dscale."""
-    scale, normalized = rows.not_zero(scale), rnorms if len(rnorms) else None
+    scale, normalized = rows.not_zero(scale), rnorms if rnorms.shape[0] else None
     given = (labels, row_lse, column_lse, kept, symmetric, smoothing, offset)
     with no_autocast(x):
         factors = rows.factors(x, y, scale, normalized)
@@ -78,12 +79,12 @@ def _gradients(dloss: Tensor, x: Tensor, y: Tensor, scale: Tensor, rnorms: Tenso
 
 losses_of = torch.library.custom_op("fastxm::info_nce_fwd", _losses, mutates_args=())
 gradients_of = torch.library.custom_op("fastxm::info_nce_bwd", _gradients, mutates_args=())
-gradients = at_once(gradients_of, _gradients)
+gradients = gradient(gradients_of, _gradients, reference.differentiable_bwd)
 
 
 @losses_of.register_fake
 def _(x, y, scale, normalize, labels, symmetric, smoothing, offset, stored, metrics=True):
-    (N, M), tiled = (len(x), len(y)), backend(x, y) is tiles and tiles.fits(x, y)
+    (N, M), tiled = (x.shape[0], y.shape[0]), backend(x, y) is tiles and tiles.fits(x, y)
     new = scale.new_empty
     kept = tiles.kept(x, y, stored) if tiled else new(N if stored else 0, M)
     shapes = ((N,), (3, N), (3, M if symmetric else 0))
@@ -96,7 +97,7 @@ def _(dloss, x, y, scale, *options):
 
 
 def _save(ctx, inputs, output):
-    x, y, scale, ctx.normalize, labels, *ctx.options = inputs
+    x, y, scale, _, labels, *ctx.options = inputs
     ctx.save_for_backward(x, y, scale, labels, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # of what is kept, which is large
@@ -106,13 +107,9 @@ def _backward(ctx, dloss, *_):
     if dloss is None:
         return (None,) * len(ctx.needs_input_grad)
     x, y, scale, labels, row_stats, column_stats, kept, rnorms = ctx.saved_tensors
-    options = ctx.options[:3]  # symmetric, smoothing, offset
-    if torch.is_grad_enabled():
-        grads = reference.differentiable_bwd(dloss, x, y, scale, ctx.normalize, labels, *options)
-    else:
-        lses = row_stats[0], column_stats[0]
-        grads = gradients(dloss, x, y, scale, rnorms, labels, *lses, kept, *options)
+    lses, options = (row_stats[0], column_stats[0]), ctx.options[:3]  # symmetric to offset
+    grads = gradients(dloss, x, y, scale, rnorms, labels, *lses, kept, *options)
     return (*grads, *(None,) * (len(ctx.options) + 2))
 
 
-losses = differentiable(losses_of, _losses, _save, _backward)
+losses = differentiable(losses_of, _losses, _save, _backward, reference.losses)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fastxm.ops import info_nce_op, ring
 from fastxm.ops import info_nce_reference as reference
-from fastxm.ops.autograd import no_autocast, vjp
-from fastxm.ops.dispatch import wide
+from fastxm.ops.dispatch import no_autocast, wide
 from fastxm.ops.distributed import gather_rows, row_counts
 from fastxm.ops.info_nce_rows import factors, factors_of, finish_both, not_zero
 from fastxm.ops.info_nce_sums import candidates, finish, join, terms
+from fastxm.ops.vjp import vjp
 
 
 class Options(NamedTuple):

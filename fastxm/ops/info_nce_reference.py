@@ -5,18 +5,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastxm.ops.autograd import vjp
-from fastxm.ops.dispatch import wide
+from fastxm.ops.dispatch import unit_rows, wide
 from fastxm.ops.info_nce_rows import factors_of, finish, rnorms
 from fastxm.ops.info_nce_sums import Forward, backward, new_sums
+from fastxm.ops.vjp import vjp
 
-__all__ = ["bwd", "differentiable_bwd", "finish", "fwd", "gradients", "rnorms", "sums"]
+__all__ = [
+    "bwd",
+    "differentiable_bwd",
+    "differentiable_views_bwd",
+    "finish",
+    "fwd",
+    "gradients",
+    "losses",
+    "rnorms",
+    "sums",
+    "views",
+]
 
 
 def _logits(x, y, a, b, row_labels, labels, offset) -> tuple[Tensor, Tensor, Tensor]:
     """s, which of it counts, and which of it is a positive, all [N, M]."""
-    target = torch.arange(offset, offset + len(x), device=x.device)
-    positive = target[:, None] == torch.arange(len(y), device=x.device)
+    target = torch.arange(offset, offset + x.shape[0], device=x.device)
+    positive = target[:, None] == torch.arange(y.shape[0], device=x.device)
     s = (x @ y.T) * a[:, None] * b
     keep = torch.ones_like(positive)
     if labels is not None:
@@ -35,11 +46,11 @@ def _direction(s, keep, positive, smoothing, dim) -> tuple[Tensor, Tensor]:
 
 def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) -> Forward:
     x, y = wide(x, y)
-    kept = x.new_zeros(len(x) if stored else 0, len(y))
+    kept = x.new_zeros(x.shape[0] if stored else 0, y.shape[0])
     none = x.new_empty(3, 0)
-    if not len(y):
+    if not y.shape[0]:
         return x.new_empty(0), none, none.clone(), kept
-    own = None if labels is None else labels[offset : offset + len(x)]
+    own = None if labels is None else labels[offset : offset + x.shape[0]]
     s, keep, _ = _logits(x, y, a, b, own, labels, offset)
     positive = s.diagonal(offset)
     loss, row_stats = _direction(s, keep, positive, smoothing, 1)
@@ -49,24 +60,26 @@ def fwd(x, y, a, b, labels, symmetric, smoothing, offset, stored, metrics=True) 
     return (loss + columns) / 2, row_stats, column_stats, kept
 
 
+def losses(x, y, scale, normalize, labels, *options) -> tuple[Tensor, ...]:
+    """What `info_nce_op.losses` gives, differentiable to any order; options: those of `fwd`."""
+    found = fwd(x, y, *factors_of(x, y, scale, normalize), labels, *options)
+    return (*found, scale.new_empty(0))
+
+
 def differentiable_bwd(
-    dloss, x, y, scale, normalize, labels, symmetric, smoothing, offset
+    dloss, x, y, scale, rnorms, labels, row_lse, column_lse, kept, *options
 ) -> list[Tensor | None]:
-    """The gradients as the formula's own, which can be differentiated again."""
-
-    def formula(x, y, scale):
-        a, b = factors_of(x, y, scale, normalize)
-        return fwd(x, y, a, b, labels, symmetric, smoothing, offset, False)[0]
-
-    return vjp(formula, (x, y, scale), (dloss,))
+    """What `info_nce_op.gradients` gives as the formula's own, to be differentiated again."""
+    rest = (rnorms.shape[0] > 0, labels, *options, False)
+    return vjp(lambda *given: losses(*given, *rest)[0], (x, y, scale), (dloss,))
 
 
 def sums(x, y, a, b, row_labels, labels, offset, stored, count=4) -> tuple[Tensor, Tensor, Tensor]:
     x, y = wide(x, y)
     s, keep, _ = _logits(x, y, a, b, row_labels, labels, offset)
-    positive, found = s.new_zeros(1, len(x)), s.diagonal(offset)
+    positive, found = s.new_zeros(1, x.shape[0]), s.diagonal(offset)
     positive[0, : len(found)] = found
-    kept = s.new_zeros(len(x) if stored else 0, len(y))
+    kept = s.new_zeros(x.shape[0] if stored else 0, y.shape[0])
     return torch.cat([_sums(s, keep, 1), positive]), _sums(s, keep, 0), kept
 
 
@@ -97,3 +110,16 @@ def gradients(
 
 
 bwd = partial(backward, gradients, finish)
+
+
+def views(z: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """What `info_nce_views.losses` gives, differentiable to any order."""
+    z = unit_rows(z) if normalize else wide(z)[0]
+    s = (z @ z.T) * scale
+    itself = torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
+    lse = s.masked_fill(itself, -torch.inf).logsumexp(1)
+    return lse - s.diagonal(z.shape[0] // 2).repeat(2), lse
+
+
+def differentiable_views_bwd(dloss, z, scale, lse, normalize) -> list[Tensor | None]:
+    return vjp(partial(views, normalize=normalize), (z, scale), (dloss, None))

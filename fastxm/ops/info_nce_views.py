@@ -8,13 +8,13 @@ those of both. So half of the products are taken: x with y, where the positives 
 diagonal, and of each view its first half with its second, and so on with the halves of those.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch, info_nce_op
-from fastxm.ops.autograd import differentiable, no_autocast, vjp
+from fastxm.ops import info_nce_reference as reference
+from fastxm.ops.autograd import differentiable, gradient
+from fastxm.ops.dispatch import no_autocast
 from fastxm.ops.info_nce_rows import not_zero
 from fastxm.ops.info_nce_sums import finish, join, new_sums, terms
 from fastxm.ops.scalar import scalar
@@ -64,7 +64,7 @@ def _triangle(here: slice) -> list[tuple[slice, slice]]:
 
 def _pairs(z: Tensor, factor: Tensor, scale: Tensor) -> list[tuple[slice, slice, tuple]]:
     """What the backends' `sums` and `gradients` take of each pair of slices."""
-    N = len(z) // 2
+    N = z.shape[0] // 2
     x, y = slice(0, N), slice(N, 2 * N)
     rows = torch.arange(2 * N, device=z.device)
     pairs = []
@@ -78,60 +78,56 @@ def _pairs(z: Tensor, factor: Tensor, scale: Tensor) -> list[tuple[slice, slice,
 
 def _losses(z: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Losses [2N] and log-sum-exps [2N]."""
-    backend, factor = info_nce_op.backend(z, z), _factor(z, scale, normalize)
-    sums = new_sums(factor).repeat(1, len(z))
-    for p, q, given in _pairs(z, factor, scale):
-        with no_autocast(z):
+    backend = info_nce_op.backend(z, z)
+    with no_autocast(z):
+        factor = _factor(z, scale, normalize)
+        sums = new_sums(factor).repeat(1, z.shape[0])
+        for p, q, given in _pairs(z, factor, scale):
             row, column, _ = backend.sums(*given, False, 2)
-        sums[:, p] = join(sums[:, p], row[:5])
-        if p != q:
-            sums[:, q] = join(sums[:, q], column)
-        if q.start - p.start == len(z) // 2:
-            positive = row[5].repeat(2)
-    loss, statistics = finish(sums, positive, 0, 1)
+            sums[:, p] = join(sums[:, p], row[:5])
+            if p != q:
+                sums[:, q] = join(sums[:, q], column)
+            if q.start - p.start == z.shape[0] // 2:
+                positive = row[5].repeat(2)
+        loss, statistics = finish(sums, positive, 0, 1)
     return loss, statistics[0].clone()
 
 
-losses_of = torch.library.custom_op("fastxm::info_nce_views_fwd", _losses, mutates_args=())
-
-
-@torch.library.custom_op("fastxm::info_nce_views_bwd", mutates_args=())
-def gradients_of(
+def _gradients(
     dloss: Tensor, z: Tensor, scale: Tensor, lse: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     backend, every = info_nce_op.backend(z, z), terms(lse, dloss, 0, 1)
-    factor, scale = _factor(z, scale, normalize), not_zero(scale)
-    dz = factor.new_zeros(z.shape)
-    for p, q, given in _pairs(z, factor, scale):
-        row, column = every[:, p].contiguous(), every[:, q].contiguous()
-        grads = backend.gradients(row, None if p == q else column, *given, 0.0, z[:0])
-        for of, grad in zip((p, q), grads):
-            dz[of] += grad
-    dz, along = backend.finish(z, dz, factor if normalize else None)
+    scale = not_zero(scale)
+    with no_autocast(z):
+        factor = _factor(z, scale, normalize)
+        dz = factor.new_zeros(z.shape)
+        for p, q, given in _pairs(z, factor, scale):
+            row, column = every[:, p].contiguous(), every[:, q].contiguous()
+            grads = backend.gradients(row, None if p == q else column, *given, 0.0, z[:0])
+            for of, grad in zip((p, q), grads):
+                dz[of] += grad
+        dz, along = backend.finish(z, dz, factor if normalize else None)
     return dz, along.sum() / (2 * scale)  # a product is of two rows
+
+
+losses_of = torch.library.custom_op("fastxm::info_nce_views_fwd", _losses, mutates_args=())
+gradients_of = torch.library.custom_op("fastxm::info_nce_views_bwd", _gradients, mutates_args=())
 
 
 def _factor(z: Tensor, scale: Tensor, normalize: bool) -> Tensor:
     if normalize:
         return info_nce_op.backend(z, z).rnorms(z, z[:0])
-    return torch.ones_like(scale).expand(len(z))
+    return torch.ones_like(scale).expand(z.shape[0])
 
 
 @losses_of.register_fake
 def _(z, scale, normalize):
-    return scale.new_empty(len(z)), scale.new_empty(len(z))
+    return scale.new_empty(z.shape[0]), scale.new_empty(z.shape[0])
 
 
 @gradients_of.register_fake
 def _(dloss, z, scale, *options):
     return z.new_empty(z.shape), scale.new_empty(())
-
-
-def _formula(z: Tensor, scale: Tensor, normalize: bool) -> Tensor:
-    z = dispatch.unit_rows(z) if normalize else dispatch.wide(z)[0]
-    s = (z @ z.T) * scale
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    return s.masked_fill(itself, -torch.inf).logsumexp(1) - s.diagonal(len(z) // 2).repeat(2)
 
 
 def _save(ctx, inputs, output):
@@ -142,9 +138,8 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dloss, _):
     *inputs, lse = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        return (*vjp(partial(_formula, normalize=ctx.normalize), inputs, (dloss,)), None)
-    return (*gradients_of(dloss, *inputs, lse, ctx.normalize), None)
+    return (*gradients(dloss, *inputs, lse, ctx.normalize), None)
 
 
-losses = differentiable(losses_of, _losses, _save, _backward)
+gradients = gradient(gradients_of, _gradients, reference.differentiable_views_bwd)
+losses = differentiable(losses_of, _losses, _save, _backward, reference.views)

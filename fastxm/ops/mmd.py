@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.autograd import no_autocast
+from fastxm.ops.dispatch import no_autocast
 from fastxm.ops.mmd_checks import chosen, problem
 from fastxm.ops.mmd_kernels import (
     RBF,
@@ -52,7 +52,7 @@ def mmd2(
 ) -> Tensor:
     """Squared maximum mean discrepancy of two samples, or of many pairs of samples at once.
 
-    Values and gradients take O((N + M) D) memory; second derivatives (create_graph) O(N M).
+    Values and gradients take O((N + M) D) memory; second derivatives and forward mode O(N M).
 
     Args:
         x, y: [N, D] and [M, D], any floating dtype; or [G, N, D] and [G, M, D], G problems.

@@ -65,12 +65,11 @@ def forward(
 @contextlib.contextmanager
 def tf32(device: torch.device, allowed: bool) -> Iterator[None]:
     """Whether the vendor's products of float32 on a GPU may be of TF32."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    wanted = "tf32" if allowed else "ieee"
-    if device.type != "cuda" or before == wanted:
+    if device.type != "cuda":
         yield
         return
-    torch.backends.cuda.matmul.fp32_precision = wanted
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:

@@ -52,7 +52,7 @@ def problem(
         raise TypeError(f"kernel is one of fastxm.ops.mmd or a sum of them, not {kernel!r}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}")
-    many = x.ndim == 3 and not one and len(x) > 0
+    many = x.ndim == 3 and not one and x.shape[0] > 0
     if not (x.ndim == 2 or many) or y.shape[:-2] != x.shape[:-2] or x.shape[-1] != y.shape[-1]:
         forms = "" if one else ", or [G, N, D] and [G, M, D] of one problem or more"
         raise ValueError(f"mmd2 needs x [N, D] and y [M, D]{forms}, not {[*x.shape]} and "
@@ -77,7 +77,7 @@ def problem(
     if estimator not in ("biased", "unbiased") and any(n != m for n, m in counts):
         raise ValueError(f"estimator {estimator!r} needs N = M, not {counts}")
     if x.ndim == 3:
-        x_starts, y_starts = (torch.arange(len(z) + 1) * z.shape[1] for z in (x, y))
+        x_starts, y_starts = (torch.arange(z.shape[0] + 1) * z.shape[1] for z in (x, y))
     elif x_starts is not None and y_starts is not None:
         x_starts, y_starts = x_starts.cpu().long(), y_starts.cpu().long()
     a, b = (z.new_ones(z.shape[:-1], dtype=wide) if w is None else w.to(wide)

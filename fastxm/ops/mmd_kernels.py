@@ -75,12 +75,11 @@ class RBF(Kernel):
 
     def __post_init__(self) -> None:
         positive("bandwidths", self.bandwidths)
+        # here, where torch.compile of dynamic shapes does not see the numbers as symbols
+        object.__setattr__(self, "degree", 4 if halving(self.bandwidths) else 1)
 
     def parameters(self, x: Tensor) -> Tensor:
         return mixed(each(self.bandwidths, x, lambda b: 0.5 / b / b), self.weights, x)
-
-    def term(self, parts: int) -> Term:
-        return super().term(parts)._replace(degree=4 if halving(self.bandwidths) else 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.autograd import no_autocast
+from fastxm.ops.dispatch import no_autocast
 from fastxm.ops.mmd_backends import tf32
 from fastxm.ops.mmd_checks import problem
 from fastxm.ops.mmd_kernels import RBF
@@ -33,10 +33,21 @@ def median_heuristic(x: Tensor, y: Tensor) -> Tensor:
         (float64 for float64 inputs). RBF(median) is exp(-d^2 / (2 median^2)).
     """
     problem(x, y, RBF(), one=True)
-    with torch.no_grad(), no_autocast(x), tf32(x.device, False):
-        z = torch.cat(centred(*dispatch.wide(x, y)))
-        pairs = len(z) * (len(z) - 1) // 2
+    with torch.no_grad(), no_autocast(x):
+        return _median(torch.cat(centred(*dispatch.wide(x, y))))
+
+
+@torch.library.custom_op("fastxm::mmd_median", mutates_args=())
+def _median(z: Tensor) -> Tensor:
+    """The median distance between two rows of z; an op, for the counts decide what comes next."""
+    pairs = len(z) * (len(z) - 1) // 2
+    with tf32(z.device, False):
         return _of_ranks(z, [(pairs - 1) // 2, pairs // 2]).sqrt().mean()
+
+
+@_median.register_fake
+def _(z):
+    return z.new_empty(())
 
 
 def _of_ranks(z: Tensor, ranks: list[int]) -> Tensor:

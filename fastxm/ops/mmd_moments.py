@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch, mmd_moments_reference
-from fastxm.ops.autograd import differentiable, vjp
+from fastxm.ops.autograd import differentiable, gradient
 from fastxm.ops.mmd_backends import TILE, tf32
 from fastxm.ops.mmd_pairs import Term
 from fastxm.ops.mmd_reference import unpack
 from fastxm.ops.mmd_rows import Function, Rows, finish
 from fastxm.ops.mmd_tiles import native, visit
+from fastxm.ops.vjp import vjp
 
 
 def _forward(
@@ -52,25 +53,20 @@ _fwd = torch.library.custom_op("fastxm::mmd_moments_fwd", _forward, mutates_args
 
 @_fwd.register_fake
 def _(x, y, parameters, terms):
-    sums = [x.new_empty(len(x), dtype=torch.float64) for _ in range(4)]
+    sums = [x.new_empty(x.shape[0], dtype=torch.float64) for _ in range(4)]
     return (*sums, x.new_empty(3, dtype=torch.float64))
 
 
-@torch.library.custom_op("fastxm::mmd_moments_bwd", mutates_args=())
-def _bwd(
-    x: Tensor,
-    y: Tensor,
-    parameters: Tensor,
-    cotangents: list[Tensor],
-    terms: list[int],
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx and dy, if wanted (else they may be empty), and dparameters; cotangents: of moments."""
-    kernel, (da, db, dp, dq, ds) = unpack(terms), cotangents
+def _work(
+    x: Tensor, y: Tensor, parameters: Tensor, da: Tensor, db: Tensor, dp: Tensor, dq: Tensor,
+    ds: Tensor, terms: list[int], wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx and dy, if wanted (else they may be empty), and dparameters."""
+    kernel, cotangents = unpack(terms), [da, db, dp, dq, ds]
     if not _by_tiles(x, kernel):
         with tf32(x.device, False):
             return mmd_moments_reference.gradients(kernel, x, y, parameters, cotangents)
-    (u, v), by = _rows(x, y, wanted), ds.new_zeros(len(parameters))
+    (u, v), by = _rows(x, y, wanted), ds.new_zeros(parameters.shape[0])
     function = Function(kernel, parameters, by if wanted[2] else None)
     # of (i, j) and (j, i) together in the first two
     functions = [replace(function, square=s) for s in ds * ds.new_tensor([4, 4, 2])]
@@ -82,8 +78,11 @@ def _bwd(
     return finish(u, x, radial), finish(v, y, radial), by.to(parameters)
 
 
+_bwd = torch.library.custom_op("fastxm::mmd_moments_bwd", _work, mutates_args=())
+
+
 @_bwd.register_fake
-def _(x, y, parameters, cotangents, terms, wanted):
+def _(x, y, parameters, da, db, dp, dq, ds, terms, wanted):
     dx, dy = (z.new_empty(z.shape if w else 0) for z, w in zip((x, y), wanted))
     return dx, dy, torch.empty_like(parameters)
 
@@ -96,7 +95,7 @@ def _by_tiles(x: Tensor, terms: list[Term]) -> bool:
 
 
 def _rows(x: Tensor, y: Tensor, wanted: Sequence[bool]) -> list[Rows]:
-    return [Rows.make(z, z, z.new_ones(len(z)), w, True) for z, w in zip((x, y), wanted)]
+    return [Rows.make(z, z, z.new_ones(z.shape[0]), w, True) for z, w in zip((x, y), wanted)]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -105,14 +104,20 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, *cotangents):
-    inputs = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        formula = partial(mmd_moments_reference.formula, unpack(ctx.terms))
-        with tf32(inputs[0].device, False):
-            return (*vjp(formula, inputs, cotangents), None)
-    wanted = [*ctx.needs_input_grad[:3]]
-    found = _bwd(*inputs, [t.contiguous() for t in cotangents], ctx.terms, wanted)
+    wanted, dense = [*ctx.needs_input_grad[:3]], (t.contiguous() for t in cotangents)
+    found = _gradients(*ctx.saved_tensors, *dense, ctx.terms, wanted)
     return (*(g if w else None for g, w in zip(found, wanted)), None)
 
 
-moments = differentiable(_fwd, _forward, _save, _backward)
+def _formula(x, y, parameters, terms) -> tuple[Tensor, ...]:
+    with tf32(x.device, False):
+        return mmd_moments_reference.formula(unpack(terms), x, y, parameters)
+
+
+def _differentiable(x, y, parameters, *given):
+    *cotangents, terms, _ = given
+    return vjp(partial(_formula, terms=terms), (x, y, parameters), cotangents)
+
+
+_gradients = gradient(_bwd, _work, _differentiable)
+moments = differentiable(_fwd, _forward, _save, _backward, _formula)

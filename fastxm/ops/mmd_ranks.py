@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import mmd_backends, mmd_reference, ring
-from fastxm.ops.autograd import no_autocast, vjp
+from fastxm.ops.dispatch import no_autocast
 from fastxm.ops.distributed import gather_rows, row_counts
 from fastxm.ops.mmd_reference import Options, unpack
 from fastxm.ops.mmd_rows import Function, Rows, finish, samples
 from fastxm.ops.mmd_tiles import visit
+from fastxm.ops.vjp import vjp
 
 
 class Ranks(NamedTuple):
@@ -120,8 +121,7 @@ class _Sums(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 5)]
         visits = _Visits(x, y, a, b, c, parameters, options, ranks, wanted)
         counts = [n + m for n, m in zip(ranks.x_counts, ranks.y_counts)]
-        chunk = (visits.z, visits.weight)
-        dz, dw = ring.turn(chunk, counts, ranks.group, visits.meet, torch.add)
+        dz, dw = ring.turn((visits.z, visits.weight), counts, ranks.group, visits.meet, torch.add)
         dz = dz + visits.gradients(visits.own, visits.z)
         dw = dw + torch.cat(visits.gains)
         sums = ranks.total(visits.totals)

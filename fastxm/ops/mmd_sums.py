@@ -11,16 +11,16 @@ a, q = K_xy b:
     dc = the three sums           dparameters = the sums with k's derivative in place of k
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from fastxm.ops import mmd_reference
-from fastxm.ops.autograd import differentiable, no_autocast, vjp
+from fastxm.ops.autograd import differentiable, gradient
+from fastxm.ops.dispatch import no_autocast
 from fastxm.ops.mmd_backends import forward, tf32
 from fastxm.ops.mmd_problems import per_row
 from fastxm.ops.mmd_reference import Options
+from fastxm.ops.vjp import vjp
 
 
 def kernel_sums(
@@ -79,9 +79,9 @@ _fwd = torch.library.custom_op("fastxm::mmd_fwd", _forward, mutates_args=())
 @_fwd.register_fake
 def _(x, y, a, b, c, parameters, x_starts, y_starts, terms, self, paired, precision, wanted):
     dx, dy = (z.new_empty(z.shape if w else 0, dtype=a.dtype) for z, w in zip((x, y), wanted))
-    G = len(c)
+    G = c.shape[0]
     return (a.new_empty(G), dx, dy, torch.empty_like(a), torch.empty_like(b),
-            torch.empty_like(c), c.new_empty(G, len(parameters)))  # fmt: skip
+            torch.empty_like(c), c.new_empty(G, parameters.shape[0]))  # fmt: skip
 
 
 def _save(ctx, inputs, output) -> None:
@@ -94,20 +94,30 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dtotal, *_):
     if dtotal is None:
         return (None,) * 13
-    *inputs, dx, dy, da, db, dc, dparameters = ctx.saved_tensors
-    starts = inputs[6:8]
-    if torch.is_grad_enabled():
-        formula = partial(mmd_reference.kernel_sums, starts, Options(*ctx.options))
-        with tf32(dtotal.device, ctx.options[3] == "tf32"):
-            found = vjp(formula, inputs[:6], [dtotal])
-    else:
-        x_of, y_of = (per_row(dtotal, s, len(d)) for s, d in zip(starts, (da, db)))
-        ready = (lambda: x_of[..., None] * dx, lambda: y_of[..., None] * dy, lambda: x_of * da,
-                 lambda: y_of * db, lambda: dtotal[:, None] * dc,
-                 lambda: (dtotal.double() @ dparameters))  # fmt: skip
-        found = [f().to(t.dtype) if need else None
-                 for f, t, need in zip(ready, inputs, ctx.needs_input_grad)]  # fmt: skip
-    return (*found, *(None,) * 7)
+    saved, options = ctx.saved_tensors, ctx.options
+    return (*_gradients(dtotal, *saved, *options, ctx.needs_input_grad[:6]), *(None,) * 7)
 
 
-_sums = differentiable(_fwd, _forward, _save, _backward)
+def _scaled(dtotal, *given):
+    inputs, starts, (dx, dy, da, db, dc, dparameters) = given[:6], given[6:8], given[8:14]
+    x_of, y_of = (per_row(dtotal, s, d.shape[0]) for s, d in zip(starts, (da, db)))
+    ready = (lambda: x_of[..., None] * dx, lambda: y_of[..., None] * dy, lambda: x_of * da,
+             lambda: y_of * db, lambda: dtotal[:, None] * dc,
+             lambda: (dtotal.double() @ dparameters))  # fmt: skip
+    return tuple(f().to(t.dtype) if need else None
+                 for f, t, need in zip(ready, inputs, given[-1]))  # fmt: skip
+
+
+def _formula(*given):
+    inputs, starts, options = given[:6], given[6:8], Options(*given[8:12])
+    with no_autocast(inputs[0]), tf32(inputs[0].device, options.precision == "tf32"):
+        return (mmd_reference.kernel_sums(starts, options, *inputs),)
+
+
+def _differentiable(dtotal, *given):
+    rest = (*given[6:8], *given[14:])
+    return vjp(lambda *inputs: _formula(*inputs, *rest), given[:6], (dtotal,), given[-1])
+
+
+_gradients = gradient(None, _scaled, _differentiable)
+_sums = differentiable(_fwd, _forward, _save, _backward, _formula)

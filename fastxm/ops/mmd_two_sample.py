@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.autograd import no_autocast
+from fastxm.ops.dispatch import no_autocast
 from fastxm.ops.mmd_backends import tf32
 from fastxm.ops.mmd_checks import problem
 from fastxm.ops.mmd_kernels import Kernel

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.autograd import no_autocast
+from fastxm.ops.dispatch import no_autocast
 from fastxm.ops.mmd_checks import problem, stated
 from fastxm.ops.mmd_kernels import Kernel
 from fastxm.ops.mmd_moments import moments
@@ -13,7 +13,7 @@ from fastxm.ops.mmd_rows import centred
 def mmd2_and_variance(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Unbiased MMD^2 and an unbiased estimate of the variance of it, for tests and their power.
 
-    Memory is O(N D); second derivatives (create_graph) take O(N^2).
+    Memory is O(N D); second derivatives and forward mode take O(N^2).
 
     Args:
         x, y: [N, D], N >= 4, any floating dtype.
@@ -30,7 +30,7 @@ def mmd2_and_variance(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Ten
     diagonals of Kxx and Kyy zero.
     """
     problem(x, y, kernel, "u_statistic", one=True)
-    m = len(x)
+    m = x.shape[0]
     if m < 4:
         raise ValueError(f"mmd2_and_variance needs 4 rows or more, not {m}")
     with no_autocast(x):

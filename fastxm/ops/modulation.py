@@ -19,7 +19,7 @@ from torch import Tensor
 from fastxm.ops import dispatch
 from fastxm.ops import modulation_passes as passes
 from fastxm.ops import modulation_reference as reference
-from fastxm.ops.autograd import at_once, differentiable, vjp
+from fastxm.ops.autograd import differentiable, gradient
 from fastxm.ops.modulation_checks import AXES, check, check_running
 
 
@@ -115,7 +115,7 @@ def _gradients(
 
 
 _bwd = torch.library.custom_op("fastxm::modulation_bwd", _gradients, mutates_args=())
-gradients = at_once(_bwd, _gradients)
+gradients = gradient(_bwd, _gradients, reference.differentiable_bwd)
 
 
 @_bwd.register_fake
@@ -130,13 +130,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_):
-    *maps, mean, var = ctx.saved_tensors
-    rest = (mean, var, *ctx.options)
-    if torch.is_grad_enabled():
-        grads = vjp(lambda *m: reference.fwd(*m, *rest)[0], maps, (dout,))
-    else:
-        grads = gradients(dout, *maps, *rest)
-    return *grads, *[None] * 6
+    return *gradients(dout, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
-_modulation = differentiable(_fwd, _forward, _save, _backward)
+_modulation = differentiable(_fwd, _forward, _save, _backward, reference.fwd)

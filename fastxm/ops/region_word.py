@@ -66,7 +66,7 @@ def region_word_scores(
     counts = not (lengths.is_floating_point() or lengths.dtype == torch.bool)
     if lengths.shape != words.shape[:1] or not counts:
         raise ValueError(
-            f"lengths are integers [{len(words)}], not {lengths.dtype} {lengths.shape}"
+            f"lengths are integers [{words.shape[0]}], not {lengths.dtype} {lengths.shape}"
         )
     if regions.shape[1] == 0 or words.shape[1] == 0:
         raise ValueError("region_word_scores needs at least one region and one word")

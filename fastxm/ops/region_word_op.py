@@ -11,7 +11,8 @@ from fastxm.ops import region_word_products as products
 from fastxm.ops import region_word_reference as reference
 from fastxm.ops import region_word_tiles as tiles
 from fastxm.ops import region_word_triton as triton
-from fastxm.ops.autograd import at_once, differentiable, no_autocast
+from fastxm.ops.autograd import differentiable, gradient
+from fastxm.ops.dispatch import no_autocast
 
 BACKENDS = {"reference": reference, "cpu": blocks, "cuda": blocks, "triton": triton}
 
@@ -66,13 +67,13 @@ def _gradients(
 
 scores_of = torch.library.custom_op("fastxm::region_word_fwd", _scores, mutates_args=())
 gradients_of = torch.library.custom_op("fastxm::region_word_bwd", _gradients, mutates_args=())
-gradients = at_once(gradients_of, _gradients)
+gradients = gradient(gradients_of, _gradients, reference.differentiable_bwd)
 
 
 @scores_of.register_fake
 def _(regions, words, lengths, sharp, pool, word_softmax, keep):
     dtype = dispatch.wide_dtype(regions, words)
-    shapes = ((len(words), len(regions)), products.kept_shape(regions, words, keep))
+    shapes = ((words.shape[0], regions.shape[0]), products.kept_shape(regions, words, keep))
     return tuple(words.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
@@ -93,15 +94,10 @@ def _backward(ctx, dscores, _):
     if dscores is None:
         return (None,) * len(ctx.needs_input_grad)
     regions, words, lengths, kept = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        given = (dscores, regions, words, lengths, *ctx.options)
-        dregions, dwords = reference.differentiable_bwd(*given)
-    else:
-        of_words = ctx.needs_input_grad[1]
-        given = (dscores, regions, words, lengths, kept, *ctx.options, of_words)
-        dregions, dwords = gradients(*given)
-        dwords = dwords if of_words else None
-    return dregions, dwords, None, None, None, None, None
+    of_words = ctx.needs_input_grad[1]
+    given = (dscores, regions, words, lengths, kept, *ctx.options, of_words)
+    dregions, dwords = gradients(*given)
+    return dregions, dwords if of_words else None, None, None, None, None, None
 
 
-scores = differentiable(scores_of, _scores, _save, _backward)
+scores = differentiable(scores_of, _scores, _save, _backward, reference.scores)

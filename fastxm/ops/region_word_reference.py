@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastxm.ops.autograd import vjp
 from fastxm.ops.dispatch import unit_rows, wide
+from fastxm.ops.vjp import vjp
 
 EPS = 1e-12  # least squared norm, as in unit_rows
 
@@ -75,6 +75,14 @@ def bwd(
     return dregions.to(regions.dtype), dwords.to(words.dtype)
 
 
-def differentiable_bwd(dscores, regions, words, lengths, *options) -> list[Tensor | None]:
-    """The gradients as the formula's own, which can be differentiated again."""
-    return vjp(lambda r, w: formula(r, w, lengths, *options), (regions, words), (dscores,))
+def scores(regions, words, lengths, sharp, pool, word_softmax, keep) -> tuple[Tensor, Tensor]:
+    """What `region_word_op.scores` gives, differentiable to any order."""
+    return formula(regions, words, lengths, sharp, pool, word_softmax), words.new_empty(0)
+
+
+def differentiable_bwd(
+    dscores, regions, words, lengths, kept, sharp, pool, word_softmax, of_words
+) -> list[Tensor | None]:
+    """What `region_word_op.gradients` gives as the formula's own, to be differentiated again."""
+    rest = (lengths, sharp, pool, word_softmax)
+    return vjp(lambda r, w: formula(r, w, *rest), (regions, words), (dscores,))

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastxm.ops import ring
-from fastxm.ops.autograd import differentiable, no_autocast, vjp
-from fastxm.ops.dispatch import one_device, wide_dtype
+from fastxm.ops.autograd import differentiable, gradient
+from fastxm.ops.dispatch import no_autocast, one_device, wide_dtype
 from fastxm.ops.distributed import gather_rows, row_counts
 from fastxm.ops.scalar import scalar
-from fastxm.ops.siglip_pairs import formula, pair_sums
+from fastxm.ops.siglip_pairs import differentiable_bwd, formula, pair_sums, scaled
+from fastxm.ops.vjp import vjp
 
 
 def siglip(
@@ -58,7 +59,7 @@ def siglip(
     scale = scalar("logit_scale", logit_scale, dtype, x.device)
     bias = scalar("logit_bias", logit_bias, dtype, x.device)
     if group is None:
-        return losses(x, y, scale, bias, torch.is_grad_enabled())[0] / len(x)
+        return losses(x, y, scale, bias, torch.is_grad_enabled())[0] / x.shape[0]
     return _across_ranks(x, y, scale, bias, group)
 
 
@@ -92,19 +93,16 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dloss, *_):
     if dloss is None:
         return (None,) * len(ctx.needs_input_grad)
-    saved = ctx.saved_tensors
-    inputs, grads = saved[:4], saved[4:]
-    if torch.is_grad_enabled():
-        return *vjp(formula, inputs, (dloss,)), None
-    return *((dloss * grad).to(t.dtype) for grad, t in zip(grads, inputs)), None
+    return *gradients(dloss, *ctx.saved_tensors), None
 
 
-losses = differentiable(loss_of, _loss, _save, _backward)
+gradients = gradient(None, scaled, differentiable_bwd)
+losses = differentiable(loss_of, _loss, _save, _backward, lambda *given: (formula(*given[:4]),))
 
 
 @torch.compiler.disable
 def _across_ranks(x, y, scale, bias, group) -> Tensor:
-    counts = row_counts(len(x), x.device, group)
+    counts = row_counts(x.shape[0], x.device, group)
     with no_autocast(x):
         loss = _Ranks.apply(x, y, scale, bias, counts, group)
     return loss * len(counts) / sum(counts)

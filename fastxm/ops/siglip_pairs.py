@@ -9,6 +9,7 @@ from torch import Tensor
 from fastxm import _C
 from fastxm.ops import dispatch, gemm, siglip_triton
 from fastxm.ops.dispatch import threads, wide
+from fastxm.ops.vjp import vjp
 
 BLOCK = 16 << 20  # bytes of a block of logits, or of their gradients
 
@@ -84,3 +85,13 @@ def formula(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, start: int = 0) -
     s = (x @ y.T) * scale + bias
     positive = torch.eye(len(y), dtype=torch.bool, device=x.device)[start : start + len(x)]
     return -F.logsigmoid(s.where(positive, -s)).sum()
+
+
+def scaled(dloss: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the four inputs from dloss, the inputs and their gradients where dloss is 1."""
+    return tuple((dloss * grad).to(t.dtype) for grad, t in zip(saved[4:], saved[:4]))
+
+
+def differentiable_bwd(dloss: Tensor, *saved: Tensor) -> list[Tensor | None]:
+    """The same as the formula's own, to be differentiated again."""
+    return vjp(formula, saved[:4], (dloss,))

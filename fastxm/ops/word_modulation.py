@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastxm.ops import dispatch
-from fastxm.ops.autograd import no_autocast
+from fastxm.ops.dispatch import no_autocast
 
 
 def word_attention(

@@ -1,11 +1,12 @@
 """What PyTorch does with ops beside calling them: checkpoints, autocast of second derivatives,
-batched gradients."""
+batched gradients, torch.func, forward mode."""
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fastxm.ops import info_nce, mmd2, modulation, region_word_scores
+from fastxm.ops import backend, info_nce, mmd2, modulation, region_word_scores
+from fastxm.ops.info_nce_views import info_nce_views
 from fastxm.ops.mmd import RBF, Polynomial
 from fastxm.ops.mmd_variance import mmd2_and_variance
 from fastxm.ops.siglip import siglip
@@ -17,6 +18,7 @@ MAPS = torch.randn(2, 6, 4, 2, 2)
 
 OPS = {
     "info_nce": lambda x: info_nce(x, Y, 2.0, normalize=True),
+    "views": lambda x: info_nce_views(x, Y, 2.0).square().sum(),
     "siglip": lambda x: siglip(x, Y, 2.0, -1.0),
     "mmd2": lambda x: mmd2(x, Y),
     "polynomial": lambda x: mmd2(x, Y, Polynomial(2)),
@@ -75,10 +77,74 @@ def test_meta(name, monkeypatch):
     assert loss.device.type == x.grad.device.type == "meta"
 
 
+def gradient(f, x):
+    return torch.autograd.grad(f(x), x)[0]
+
+
 @pytest.mark.parametrize("name", OPS)
-def test_no_tangent_goes_missing(name):
-    # forward mode is not there, and says so
+def test_gradient_is_the_same_whether_or_not_a_second_one_is_asked_for(name):
+    x = leaf()
+    first = torch.autograd.grad(OPS[name](x), x, create_graph=True)[0]
+    assert first.requires_grad
+    assert torch.equal(first, gradient(OPS[name], leaf()))
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_functional_gradients(name):
+    f, x = OPS[name], leaf()
+    both = torch.stack([leaf(), -leaf()]).detach()
+    each = torch.stack([gradient(f, x.clone().requires_grad_()) for x in both])
+    close(torch.func.grad(f)(x.detach()), each[0])
+    close(torch.func.vmap(f)(both), torch.stack([f(x) for x in both]))
+    close(torch.func.vmap(torch.func.grad(f))(both), each)
+    value, back = torch.func.vjp(f, x.detach())
+    close(back(2 * torch.ones_like(value))[0], 2 * each[0])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_forward_mode(name):
+    f, x, t = OPS[name], leaf(), torch.linspace(1, -1, 24).view(6, 4)
+    along = (gradient(f, x) * t).sum()
+    value, tangent = torch.func.jvp(f, (x.detach(),), (t,))
+    close(value, f(x))
+    close(tangent, along)
     with torch.autograd.forward_ad.dual_level():
-        x = torch.autograd.forward_ad.make_dual(leaf(), torch.ones(6, 4))
-        with pytest.raises(NotImplementedError, match="jvp"):
-            OPS[name](x)
+        dual = f(torch.autograd.forward_ad.make_dual(x, t))
+        close(torch.autograd.forward_ad.unpack_dual(dual).tangent, along)
+    compiled = torch.compile(lambda x: torch.func.jvp(f, (x,), (t,))[1], backend="eager")
+    close(compiled(x.detach()), along)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("way", ["rr", "fr", "rf", "ff", "of a dead transform", "of a cotangent"])
+def test_functional_second_derivatives(name, way):
+    f, x = OPS[name], leaf()
+    (first,) = torch.autograd.grad(f(x), x, create_graph=True)
+    rows = [torch.autograd.grad(g, x, retain_graph=True)[0] for g in first.flatten()]
+    wanted, x = torch.stack(rows).view(6, 4, 6, 4), x.detach()
+    if way == "of a dead transform":
+        back = torch.func.vjp(torch.func.grad(f), x)[1]
+        close(back(torch.ones_like(x))[0], wanted.sum((0, 1)))
+    elif way == "of a cotangent":  # in which the gradient is linear
+        value, back = torch.func.vjp(f, x)
+        close(torch.func.grad(lambda c: back(c)[0].sum())(torch.ones_like(value)), first.sum())
+    else:
+        outer, inner = ({"r": torch.func.jacrev, "f": torch.func.jacfwd}[kind] for kind in way)
+        close(outer(inner(f))(x), wanted)
+
+
+def test_third_derivatives():
+    f = OPS["info_nce"]
+
+    def third(x):
+        first = torch.autograd.grad(f(x), x, create_graph=True)[0]
+        second = torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(second.square().sum(), x)[0]
+
+    with backend("reference"):
+        wanted = third(leaf())
+    close(third(leaf()), wanted)
