@@ -1,6 +1,6 @@
 """fastxm: cross-modal generators, contrastive losses, kernel MMD and modulation on fused kernels.
 
-C++ for the CPU throughout; CUDA and Triton for the modulation.
+C++ on CPUs; Triton and CUDA on GPUs.
 """
 
 from importlib import import_module, metadata

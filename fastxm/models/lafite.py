@@ -199,7 +199,7 @@ class StyledConv(nn.Module):
             return act(x * scale + bias)
         grain = self.grain.to(x.dtype)
         if noise == "random":
-            grain = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+            grain = torch.randn(x.shape[0], 1, *x.shape[2:], dtype=x.dtype, device=x.device)
         elif not isinstance(noise, str):
             grain = noise(x)
         grain = grain * (self.noise_strength * GAIN).to(x.dtype)
@@ -292,7 +292,7 @@ class Generator(nn.Module):
             noise = "none"
         noise = noise or ("random" if self.training else "const")
         text = scaled(text, self.config.text_scale)
-        x = self.const.expand(len(ws), *self.const.shape)
+        x = self.const.expand(ws.shape[0], *self.const.shape)
         rows, at, rgb = ws.unbind(1), 0, None
         for block in self.blocks:
             x, rgb = block(x, rgb, rows[at:], text, noise)
@@ -467,7 +467,7 @@ class LAFITE(TextToImage):
         starts = range(0, len(captions), batch_size)
         encoder = self.text_encoder
         parts = [encoder.embed_text(captions[start : start + batch_size]) for start in starts]
-        return [self.condition(torch.cat(parts).to(self.device))]
+        return [self.condition(torch.cat(parts).to(self.device, self.dtype))]
 
     def condition(self, text: Tensor, image: Tensor | None = None) -> Tensor:
         """[B, condition]: what the networks are given, of a text embedding [B, D]."""

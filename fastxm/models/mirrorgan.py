@@ -217,7 +217,7 @@ class Generator(nn.Module):
         words, sentence = (scaled(text, self.config.text_scale) for text in (words, sentence))
         z, e = noise.split([self.config.z_dim, self.config.cond_dim], 1)
         mean, log_var = self.augmentation(sentence)
-        condition = draw(mean, log_var, e)
+        condition = draw(mean, log_var, e).to(z.dtype)
         x = self.first(torch.cat([condition, z], 1))
         maps = [x]
         for stage in self.next:

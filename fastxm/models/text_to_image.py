@@ -45,6 +45,10 @@ class TextToImage(Pretrained):
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.generator.parameters()).dtype
+
     def picture(self, drawn: Any) -> Tensor:
         """[B, 3, S, S] in [0, 1], of what the generator returned."""
         return drawn
@@ -92,7 +96,9 @@ class TextToImage(Pretrained):
         with evaluating(self):
             encoded = self.encode(captions, batch_size)
             text = [part.repeat_interleave(num_images, 0) for part in encoded]
-            rows = zip(*(part.split(batch_size) for part in (noise.to(device), *text)))
+            given = [part.to(device, self.dtype if part.is_floating_point() else part.dtype)
+                     for part in (noise, *text)]  # fmt: skip
+            rows = zip(*(part.split(batch_size) for part in given))
             with torch.autocast(device.type, dtype, enabled=bool(dtype)):
                 images = torch.cat([self.picture(network(*row)).float().cpu() for row in rows])
         return to_pil(images) if output == "pil" else images

@@ -155,7 +155,7 @@ class Generator(nn.Module):
         """
         condition = torch.cat([self.sentence(sentence), z.to(words.dtype)], 1)
         x = self.first(z if self.config.first_layer == "z" else condition)
-        x = x.view(len(z), 4, 4, -1).permute(0, 3, 1, 2)  # channels_last
+        x = x.view(z.shape[0], 4, 4, -1).permute(0, 3, 1, 2)  # channels_last
         sources = [constant(pair) for pair in self.modulation(condition)]
         for i, block in enumerate(self.blocks[:GLOBAL_BLOCKS]):
             x = block(x, sources[2 * i], sources[2 * i + 1], update_stats)
@@ -239,8 +239,10 @@ class Discriminator(nn.Module):
             return judged[0] if isinstance(images, Tensor) else judged
 
     def judge(self, images: Tensor, sentence: Tensor) -> DiscriminatorOutput:
-        if len(images) % len(sentence):
-            raise ValueError(f"{len(images)} images do not share out to {len(sentence)} sentences")
+        if images.shape[0] % sentence.shape[0]:
+            raise ValueError(
+                f"{images.shape[0]} images do not share out to {sentence.shape[0]} sentences"
+            )
         x = self.first(images)
         for i, block in enumerate(self.blocks):
             x = block(x)
@@ -248,7 +250,7 @@ class Discriminator(nn.Module):
                 regions = self.regions(x).permute(0, 2, 3, 1).flatten(1, 2)
         pooled = at_least_float(F.relu(x)).sum((2, 3))
         e = at_least_float(self.sentence(sentence))
-        matched = (pooled.unflatten(0, (-1, len(e))) * e).sum(2).flatten()
+        matched = (pooled.unflatten(0, (-1, e.shape[0])) * e).sum(2).flatten()
         logits = at_least_float(self.logit(pooled)).squeeze(1) + matched
         return DiscriminatorOutput(logits, pooled, regions, e)
 

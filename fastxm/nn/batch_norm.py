@@ -31,7 +31,7 @@ class BatchNorm(_BatchNorm):
             return super().forward(x)
         maps = x if x.ndim == 4 else x[:, :, None, None]
         scale, shift = (
-            t[:, None, None].expand(len(x), -1, 1, 1) for t in (self.weight - 1, self.bias)
+            t[:, None, None].expand(x.shape[0], -1, 1, 1) for t in (self.weight - 1, self.bias)
         )
         mean, var = (torch.zeros_like(t) for t in (self.running_mean, self.running_var))
         out = modulation(

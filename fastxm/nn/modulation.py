@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fastxm.nn.batch_norm import BatchNorm
 from fastxm.nn.init import glorot_normal_
 from fastxm.ops import modulation, word_modulation
+from fastxm.ops.dispatch import unit_rows
 
 Pair = tuple[Tensor, Tensor]  # gamma, beta
 
@@ -186,7 +187,7 @@ class AttentionalModulation(nn.Module):
             self.query(x),
             words,
             lengths,
-            F.linear(F.normalize(words, dim=-1), of_words),
+            F.linear(unit_rows(words).to(words.dtype), of_words),
             F.linear(condition, of_condition, self.tables.bias),
             sharpness=self.sharpness,
         )

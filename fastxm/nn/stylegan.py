@@ -77,7 +77,10 @@ class EqualLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in] -> [B, c_out]."""
         scale = self.lr_multiplier * (GAIN if self.activate else 1.0)
-        y = F.linear(x, self.weight * (self.gain * scale), self.bias * scale)
+        weight, bias = self.weight * (self.gain * scale), self.bias * scale
+        # no narrower than x, which may be wider on purpose (`lafite.Mapping`)
+        dtype = torch.promote_types(weight.dtype, x.dtype)
+        y = F.linear(x, weight.to(dtype), bias.to(dtype))
         return act(y) if self.activate else y
 
 

@@ -90,7 +90,7 @@ def word_modulation(
         raise ValueError(f"word_modulation needs tables [B, T, 2C] and [B, 2C], not {shapes}")
     attention = word_attention(query, words, lengths, sharpness=sharpness)
     attention, everywhere = attention.flatten(2).to(table.dtype), everywhere.to(table.dtype)
-    if query.is_contiguous(memory_format=torch.channels_last):
+    if query.stride(1) == 1:  # channels_last
         maps = torch.baddbmm(everywhere[:, None], attention.mT, table).mT
     else:
         maps = torch.baddbmm(everywhere[:, :, None], table.mT, attention)

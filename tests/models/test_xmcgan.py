@@ -447,3 +447,18 @@ def test_batches_judged_apart_are_judged_as_one():
     for (name, value), other in zip(model.named_buffers(), twin.buffers()):
         torch.testing.assert_close(value, other, msg=name)
     assert all(getattr(layer, "held", None) is None for layer in model.modules())
+
+
+def test_a_generator_exported_for_any_batch():
+    model = tiny().eval()
+    given, fewer = inputs(model, 3), inputs(model, 2)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model.generator, given, dynamic_shapes=({0: batch},) * 4)
+    torch.testing.assert_close(exported.module()(*fewer), model.generator(*fewer))
+
+
+def test_a_generator_mapped_over_captions():
+    model = tiny().eval()
+    given = inputs(model)
+    one = torch.func.vmap(lambda *row: model.generator(*(part[None] for part in row))[0])
+    torch.testing.assert_close(one(*given), model.generator(*given))
