@@ -15,7 +15,7 @@ def differentiable(
     work: Callable[..., Any],
     save: Callable[..., None],
     backward: Callable[..., Any],
-    formula: Callable[..., Any] | None = None,
+    formula: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Registers the backward of an op, and returns what calls the op by the way that fits:
 
@@ -33,7 +33,7 @@ def differentiable(
         op: of torch.library.custom_op; None where the work is plain PyTorch, which modes see into.
         work: what it does.
         save, backward: as its register_autograd takes them.
-        formula: the work in plain PyTorch. Without one forward mode is refused.
+        formula: the work in plain PyTorch.
     """
     if op is not None:
         op.register_autograd(backward, setup_context=save)
@@ -67,7 +67,7 @@ def differentiable(
             return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
 
     def call(x: Tensor, *inputs: Any) -> Any:
-        if formula is not None and forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0:
             return formula(x, *inputs)
         if op is not None and torch.compiler.is_compiling():
             return op(x, *inputs)
@@ -104,7 +104,7 @@ def gradient(op: Any, work: Callable[..., Any], formula: Callable[..., Any]) -> 
         inputs = [next(saved) if is_tensor else other for is_tensor, other in pairs]
         return tuple(vjp(formula, inputs, cotangents, ctx.needs_input_grad))
 
-    return differentiable(op, work, save, backward)
+    return differentiable(op, work, save, backward, lambda *inputs: tuple(formula(*inputs)))
 
 
 def _runs_at_once(x: Tensor) -> bool:

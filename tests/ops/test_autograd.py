@@ -115,6 +115,14 @@ def test_forward_mode(name):
     with torch.autograd.forward_ad.dual_level():
         dual = f(torch.autograd.forward_ad.make_dual(x, t))
         close(torch.autograd.forward_ad.unpack_dual(dual).tangent, along)
+    # of a gradient too, which is linear in what it is given
+    value, back = torch.func.vjp(f, x.detach())
+    one, two = torch.ones_like(value), torch.full_like(value, 2)
+    close(torch.func.jvp(lambda c: back(c)[0], (one,), (two,))[1], 2 * back(one)[0])
+    value = f(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.grad(value, x, torch.autograd.forward_ad.make_dual(one, two))[0]
+        close(torch.autograd.forward_ad.unpack_dual(dual).tangent, 2 * back(one)[0])
     compiled = torch.compile(lambda x: torch.func.jvp(f, (x,), (t,))[1], backend="eager")
     close(compiled(x.detach()), along)
 
