@@ -19,7 +19,7 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Registers the backward of an op, and returns what calls the op by the way that fits:
 
-        while torch.compile, export or another mode traces    the op
+        where torch.compile, export or another mode traces     the op
         in forward mode (forward_ad, torch.func.jvp)           the formula
         in torch.func.grad, vmap and the like                  the work, problem by problem in vmap
         else                                                   the work
@@ -71,7 +71,7 @@ def differentiable(
             return formula(x, *inputs)
         if op is not None and torch.compiler.is_compiling():
             return op(x, *inputs)
-        if torch._C._are_functorch_transforms_active():
+        if _transformed():
             return Transformed.apply(x, *inputs)
         if op is not None and not _runs_at_once(x):
             return op(x, *inputs)
@@ -107,11 +107,21 @@ def gradient(op: Any, work: Callable[..., Any], formula: Callable[..., Any]) -> 
     return differentiable(op, work, save, backward, lambda *inputs: tuple(formula(*inputs)))
 
 
+def _transformed() -> bool:
+    # in torch.func, but for its functionalize, which takes ops and no autograd.Function
+    functorch = torch._C._functorch
+    top = (
+        functorch.peek_interpreter_stack() if torch._C._are_functorch_transforms_active() else None
+    )
+    return top is not None and top.key() != functorch.TransformType.Functionalize
+
+
 def _runs_at_once(x: Tensor) -> bool:
     # plain tensors, and no mode to see the op
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type != "meta"
+        and not torch._C._are_functorch_transforms_active()
         and not torch._C._functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
         and not torch._C._len_torch_dispatch_stack()
     )

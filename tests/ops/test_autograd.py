@@ -101,6 +101,7 @@ def test_functional_gradients(name):
     close(torch.func.grad(f)(x.detach()), each[0])
     close(torch.func.vmap(f)(both), torch.stack([f(x) for x in both]))
     close(torch.func.vmap(torch.func.grad(f))(both), each)
+    close(torch.func.functionalize(f)(x.detach()), f(x))
     value, back = torch.func.vjp(f, x.detach())
     close(back(2 * torch.ones_like(value))[0], 2 * each[0])
 
