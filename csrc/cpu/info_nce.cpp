@@ -116,20 +116,24 @@ void gradients(const InfoNceProblem& p, const float* row_terms, const float* col
   Lines<E> columns_of_y(all ? 0 : panels_size(M, D));
   const Panels columns = panels_of(columns_of_y.data(), D);
   if (!all) pack_columns(columns, pointer<const E>(p.y), M, D, threads);
-  // where nothing is kept, it is made again of as many rows as `workspace` holds
-  const std::int64_t n = kept ? N : std::min(N, rows_of<E>(workspace, strips * kStrip * 4));
-  Lines<Kept<E>> room(kept ? 0 : (n + kTile<E> - 1) / kTile<E> * strips);
+  // where nothing is kept: as many rows as `workspace` holds gradients of, or as the product with x
+  // takes at a time
+  const std::int64_t width = strips * kApart * static_cast<std::int64_t>(sizeof(E));
+  const std::int64_t most = workspace / std::max<std::int64_t>(1, width) / kRowsAtOnce<E>;
+  const std::int64_t n = kept ? N : std::min(N, std::max<std::int64_t>(1, most) * kRowsAtOnce<E>);
+  const LeftRows<E> left(kept ? 0 : n, M);
   const RowProducts<E> of_y(pointer<const E>(p.y), M, D, threads);
   ColumnProducts<E, Out> of_x(dy, M, D);
   for (std::int64_t i = 0; i < N; i += n) {
     const std::int64_t here = std::min(n, N - i);
     const Terms<float> terms = {row_terms + i, column_terms, N, M, static_cast<float>(smoothing)};
     const InfoNceBlock block = block_of(p, i, here);
-    const LogitGradients<E> ds = {
-        block, products_of(p, i, columns), terms, kept ? kept : room.data(), !kept, strips};
-    if (!kept) ds.remake(room.data(), threads);
-    of_y.multiply(ds, dx + i * D, end_x, i, threads);
-    of_x.add(ds, pointer<const E>(p.x) + i * D, i > 0, threads);
+    const LogitGradients<E> ds = {block, products_of(p, i, columns), terms, kept, strips};
+    of_x.add(ds, pointer<const E>(p.x) + i * D, kept ? nullptr : &left, i > 0, threads);
+    if (kept)
+      of_y.multiply(MadeRows<E>{ds}, here, dx + i * D, end_x, i, threads);
+    else
+      of_y.multiply(left, here, dx + i * D, end_x, i, threads);
   }
   if (N == 0)
     std::fill(dy, dy + M * D, Out{});

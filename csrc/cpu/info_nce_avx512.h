@@ -121,19 +121,21 @@ FASTXM_AVX512_BF16 void shared_gradient_avx512(const Tile<float>& t, const float
       const __m512 shift = _mm512_set1_ps(shares.shifts[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < Lanes::count; ++v) {
+        const __m512 both = _mm512_mul_ps(factor, factors[v]);
         __m512 e;
         if (kept) {
           const E* at = kept + j * kTile<E> + i * kPanel + 16 * v;
           if (v * sizeof(E) % 4 == 0) _mm_prefetch(at + kAhead / sizeof(E), _MM_HINT_T0);
           e = load_wide(at, part.of[v]);
         } else {
-          const __m512 s = _mm512_maskz_loadu_ps(part.of[v], t.s + i * kStrip + j + 16 * v);
+          const float* from = t.products + i * t.stride + j + 16 * v;
+          const __m512 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(part.of[v], from), both);
           e = probability(_mm512_sub_ps(s, own), part.of[v]);
         }
         __m512 ds = _mm512_mul_ps(e, _mm512_fmadd_ps(shift, share[v], row_share));
         ds = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(ds), least, _CMP_NLT_UQ), ds);
         ds = _mm512_sub_ps(ds, _mm512_add_ps(row_even, even[v]));
-        ds = _mm512_mul_ps(ds, _mm512_mul_ps(factor, factors[v]));
+        ds = _mm512_mul_ps(ds, both);
         _mm512_mask_storeu_ps(out + i * stride + j + 16 * v, part.of[v], ds);
       }
     }

@@ -43,12 +43,8 @@ FASTXM_INSTANCES(double)
 #undef FASTXM_INSTANCES
 #define FASTXM_INSTANCES(E)                                                                      \
   FASTXM_MULTIARCH void kept_tile(const Tile<float>& t, const Terms<float>& terms,               \
-                                  const Kept<E>& kept, bool remade, float* out) {                \
-    kept_tile_of(t, terms, kept, remade, out, kStrip);                                           \
-  }                                                                                              \
-  FASTXM_MULTIARCH void remake_tile(const Tile<float>& t, const Terms<float>& terms,             \
-                                    Kept<E>& kept) {                                             \
-    remake_tile_of(t, terms, kept);                                                              \
+                                  const Kept<E>& kept, float* out) {                             \
+    kept_tile_of(t, terms, kept, out, kStrip);                                                   \
   }                                                                                              \
   FASTXM_MULTIARCH void tile_rows(const float* ds, std::int64_t rows, std::int64_t width, E* to, \
                                   std::int64_t stride) {                                         \

@@ -1,5 +1,5 @@
-// InfoNCE's gradients: products of the logits' gradients, which are made tile by tile where a
-// product takes them, and are nowhere as a whole.
+// InfoNCE's gradients: products of the logits' gradients. Those are made tile by tile where a
+// product takes them: from what is kept for each product, else once for both.
 #pragma once
 
 #include <algorithm>
@@ -10,41 +10,28 @@
 namespace fastxm {
 namespace {
 
-// Gradients of the logits of a block, times both factors.
+// Gradients of the logits of a block, times both factors: from what is kept of each tile, or made
+// of products.
 template <class E>
 struct LogitGradients {
   const InfoNceBlock& b;
   Products make;
   Terms<float> terms;
-  const Kept<E>* kept;  // of each tile
-  bool remade;
+  const Kept<E>* kept;  // or 0
   std::int64_t strips;
-
-  Terms<float> terms_at(std::int64_t i, std::int64_t j) const {
-    Terms<float> here = terms;
-    here.rows += i;
-    if (terms.columns) here.columns += j;
-    return here;
-  }
-
-  // makes again what the forward would have kept of the tiles
-  void remake(Kept<E>* to, int threads) const {
-    auto run = [&](const Tile<float>& t, std::int64_t i, std::int64_t j, bool) {
-      make(t, i, j);
-      remake_tile(t, terms_at(i, j), to[i / kTile<E> * strips + j / kStrip]);
-    };
-    for_each_tile<float, E>(b, threads, run);
-  }
 
   // values [rows, kStrip] of the tile from row i and column j on, which is returned
   Tile<float> operator()(std::int64_t i, std::int64_t j, float* scratch, float* values) const {
     const Tile<float> t = tile_at(b, i, std::min(kTile<E>, b.rows - i), j, scratch);
-    const Kept<E>& own = kept[i / kTile<E> * strips + j / kStrip];
-    if (own.reference == own.reference) {
-      kept_tile(t, terms_at(i, j), own, remade, values);
+    Terms<float> here = terms;
+    here.rows += i;
+    if (terms.columns) here.columns += j;
+    const Kept<E>* own = kept ? kept + i / kTile<E> * strips + j / kStrip : nullptr;
+    if (own && own->reference == own->reference) {
+      kept_tile(t, here, *own, values);
     } else {
       make(t, i, j);
-      bwd_tile(t, terms_at(i, j), values, kStrip);
+      bwd_tile(t, here, values, kStrip);
     }
     return t;
   }
@@ -54,6 +41,49 @@ struct LogitGradients {
 // of the gradients, of the other factor, and of sums stays in the second level of the cache
 template <class E>
 constexpr std::int64_t kRowsAtOnce = kStrip / kTile<E> * kTile<E>;
+
+constexpr std::int64_t kApart = kStrip + 32;  // of rows of a strip, lest they share cache lines
+
+// a tile's rows for products of whole steps: an odd last column and 0
+template <class E>
+void rows_for_products(const float* values, const Tile<float>& t, E* to) {
+  tile_rows(values, t.rows, t.width, to, kApart);
+  for (std::int64_t i = 0; t.width % kStep<E> && i < t.rows; ++i) to[i * kApart + t.width] = E{};
+}
+
+// Where the products with y have their gradients from, `rows` from row i on and a strip of columns
+// from j on: made in `room`...
+template <class E>
+struct MadeRows {
+  const LogitGradients<E>& ds;
+
+  static std::int64_t room(std::int64_t rows) { return rows * kApart; }
+  const E* operator()(std::int64_t i, std::int64_t rows, std::int64_t j, E* room) const {
+    alignas(64) float scratch[kTile<E> * kStrip], values[kTile<E> * kStrip];
+    for (std::int64_t k = 0; k < rows; k += kTile<E>)
+      rows_for_products(values, ds(i + k, j, scratch, values), room + k * kApart);
+    return room;
+  }
+};
+
+// ... or left by the products with x: [strips, rows, kApart]
+template <class E>
+class LeftRows {
+ public:
+  LeftRows(std::int64_t rows, std::int64_t M)
+      : rows_(rows), lines_(round_up(M, kStrip) / kStrip * rows * kApart) {}
+
+  E* at(std::int64_t i, std::int64_t j) const {
+    return lines_.data() + (j / kStrip * rows_ + i) * kApart;
+  }
+
+  static std::int64_t room(std::int64_t) { return 0; }
+  const E* operator()(std::int64_t i, std::int64_t, std::int64_t j, E*) const { return at(i, j); }
+
+ private:
+  std::int64_t rows_;
+  Lines<E> lines_;
+};
 
 template <class E>
 constexpr std::int64_t kMostTiles = sizeof(E) == 2 ? 8 : 10;  // of rows that those with y take
@@ -69,10 +99,10 @@ class RowProducts {
   }
 
   // dx [rows, D] = gradients times y, of rows from `begin` on, and finished
-  template <class Out>
-  void multiply(const LogitGradients<E>& ds, Out* dx, const Finish<E>& end, std::int64_t begin,
-                int threads) const {
-    const std::int64_t rows = ds.b.rows, tiles = (rows + kTile<E> - 1) / kTile<E>;
+  template <class Rows, class Out>
+  void multiply(const Rows& ds, std::int64_t rows, Out* dx, const Finish<E>& end,
+                std::int64_t begin, int threads) const {
+    const std::int64_t tiles = (rows + kTile<E> - 1) / kTile<E>;
     // most of a part, whose sums stay in the second level of the cache; every thread has as many
     const std::int64_t most = std::clamp<std::int64_t>(
         (1 << 18) / (kTile<E> * std::max<std::int64_t>(1, D_)), 1, kMostTiles<E>);
@@ -86,7 +116,7 @@ class RowProducts {
   }
 
  private:
-  static constexpr std::int64_t kDeep = kStrip, kApart = kDeep + 32;
+  static constexpr std::int64_t kDeep = kStrip;
 
   // what of y the chunk of columns from j on is multiplied by
   Panels panels(std::int64_t j) const {
@@ -95,27 +125,19 @@ class RowProducts {
     return panels;
   }
 
-  template <class Out>
-  void multiply_part(const LogitGradients<E>& ds, std::int64_t first, std::int64_t rows, Out* dx,
+  template <class Rows, class Out>
+  void multiply_part(const Rows& ds, std::int64_t first, std::int64_t rows, Out* dx,
                      const Finish<E>& end, std::int64_t row) const {
     constexpr bool direct = sizeof(Out) == 4;
     const std::int64_t stride = direct ? D_ : D_ + 16;
-    alignas(64) float scratch[kTile<E> * kStrip], values[kTile<E> * kStrip];
-    Lines<E> chunk(rows * kApart);
+    Lines<E> room(ds.room(rows));
     Lines<float> sums(direct ? 0 : rows * stride);
     float* out = sums.data();
     if constexpr (direct) out = dx;
     if (M_ == 0) std::fill(out, out + rows * stride, 0.0f);
-    for (std::int64_t j = 0; j < M_; j += kDeep) {
-      const std::int64_t width = std::min(kDeep, M_ - j);
-      for (std::int64_t i = 0; i < rows; i += kTile<E>) {
-        const Tile<float> t = ds(first + i, j, scratch, values);
-        tile_rows(values, t.rows, t.width, chunk.data() + i * kApart, kApart);
-      }
-      for (std::int64_t i = 0; width % kStep<E> && i < rows; ++i)
-        chunk.data()[i * kApart + width] = E{};
-      fastxm::multiply(panels(j), chunk.data(), kApart, rows, 0, D_, out, stride, j > 0);
-    }
+    for (std::int64_t j = 0; j < M_; j += kDeep)
+      fastxm::multiply(panels(j), ds(first, rows, j, room.data()), kApart, rows, 0, D_, out, stride,
+                       j > 0);
     finish_rows(end, row, rows, out, stride);
     if constexpr (!direct) round_rows(out, stride, rows, D_, dx, D_);
   }
@@ -136,8 +158,10 @@ class ColumnProducts {
     if constexpr (sizeof(Out) == 4) sums_ = inside_ ? dy : sums_;
   }
 
-  // x's transpose times gradients, or that is added to what there is
-  void add(const LogitGradients<E>& ds, const E* x, bool add, int threads) {
+  // x's transpose times gradients, or that is added to what there is; left: where the gradients
+  // go, or 0
+  void add(const LogitGradients<E>& ds, const E* x, const LeftRows<E>* left, bool add,
+           int threads) {
     const std::int64_t rows = ds.b.rows, deep = deep_of(rows);
     Lines<E> turned((rows + deep - 1) / deep * D_ * kTurned);
     const std::int64_t pieces = pieces_of(threads);
@@ -152,7 +176,7 @@ class ColumnProducts {
 #pragma omp for collapse(2) schedule(dynamic)
       for (std::int64_t j = 0; j < M_; j += kStrip)
         for (std::int64_t d = 0; d < D_; d += piece)
-          add_strip(ds, turned.data(), j, d, std::min(piece, D_ - d), add);
+          add_strip(ds, turned.data(), left, j, d, std::min(piece, D_ - d), add);
     }
   }
 
@@ -207,8 +231,8 @@ class ColumnProducts {
   static std::int64_t deep_of(std::int64_t rows) { return rows <= kMost ? kMost : kRowsAtOnce<E>; }
 
   // to the sums of `count` features, from d on, of the strip of columns from j on
-  void add_strip(const LogitGradients<E>& ds, const E* turned, std::int64_t j, std::int64_t d,
-                 std::int64_t count, bool add) const {
+  void add_strip(const LogitGradients<E>& ds, const E* turned, const LeftRows<E>* left,
+                 std::int64_t j, std::int64_t d, std::int64_t count, bool add) const {
     alignas(64) float scratch[kTile<E> * kStrip], values[kTile<E> * kStrip];
     Lines<E> chunk(panels_size(kStrip, kMost));
     const std::int64_t width = std::min(kStrip, M_ - j), deep = deep_of(ds.b.rows);
@@ -217,6 +241,7 @@ class ColumnProducts {
       for (std::int64_t k = 0; k < rows; k += kTile<E>) {
         const Tile<float> t = ds(i + k, j, scratch, values);
         tile_steps(values, t.rows, t.width, chunk.data() + k * kPanel, depth * kPanel);
+        if (left && d == 0) rows_for_products(values, t, left->at(i + k, j));
       }
       multiply(panels_of(chunk.data(), depth), turned + d * kTurned, kTurned, count, 0, width,
                sums_ + j * D_ + d * width, width, add || i > 0);

@@ -213,8 +213,9 @@ struct Shares {
   alignas(64) T columns[kStrip] = {}, even_columns[kStrip] = {};
 };
 
-// out [rows, stride] = the gradient of s times both factors, but for positives, where one
-// exponential serves a row and a column: kept, or (0) made again with a reference for each row
+// out [rows, stride], which may be the products = the gradient of s times both factors, but for
+// positives, where one exponential serves a row and a column: kept, or (0) made of the products
+// with a reference for each row
 template <class T, class E>
 FASTXM_INLINE void shared_gradient_of(const Tile<T>& t, const T* references,
                                       const Shares<T>& shares, const E* kept, T* out,
@@ -226,9 +227,10 @@ FASTXM_INLINE void shared_gradient_of(const Tile<T>& t, const T* references,
     if (kept) {
       kept_row(kept, t.width, i, e);
     } else {
-      const T *s = t.s + i * kStrip, reference = references[i];
+      const T *from = t.products + i * t.stride, reference = references[i];
 #pragma omp simd
-      for (std::int64_t j = 0; j < t.width; ++j) e[j] = probability(s[j] - reference);
+      for (std::int64_t j = 0; j < t.width; ++j)
+        e[j] = probability(from[j] * (factor * t.column_factor[j]) - reference);
     }
     T* to = out + i * stride;
 #pragma omp simd

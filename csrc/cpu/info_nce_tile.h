@@ -19,11 +19,14 @@ FASTXM_INLINE bool all_near(const T* values, std::int64_t n, T reference) {
   return !far;
 }
 
-template <class T, class E>
-FASTXM_INLINE void keep_positives(const Tile<T>& t, Kept<E>& kept) {
+// logits of the rows' positives, where those are in the tile
+template <class T, class To>
+FASTXM_INLINE void positives_of(const Tile<T>& t, To* to) {
   for (std::int64_t i = 0; i < t.rows; ++i) {
-    std::int64_t at = t.target + i;
-    if (at >= 0 && at < t.width) kept.positives[i] = static_cast<float>(t.s[i * kStrip + at]);
+    const std::int64_t at = t.target + i;
+    if (at >= 0 && at < t.width)
+      to[i] =
+          static_cast<To>(t.products[i * t.stride + at] * (t.row_factor[i] * t.column_factor[at]));
   }
 }
 
@@ -35,6 +38,7 @@ FASTXM_INLINE void fwd_tile_of(const Tile<T>& t, T* row, std::int64_t row_stride
   T row_top[kTallest];
   ColumnSums<T> sums;
   const T* top = sums.top;
+  if (kept) positives_of(t, kept->positives);
   scale_tile(t, row_top, sums.top);
   T highest = T(-INFINITY);
   for (std::int64_t i = 0; i < t.rows; ++i) highest = std::max(highest, row_top[i]);
@@ -54,7 +58,6 @@ FASTXM_INLINE void fwd_tile_of(const Tile<T>& t, T* row, std::int64_t row_stride
       exponentials(t, References<T>(row_top, t.rows, highest), keep);
     }
   }
-  if (kept) keep_positives(t, *kept);
   for (std::int64_t j = 0; j < t.width; ++j)
     sums.reference[j] = one ? highest : reference_of(top[j]);
   join_of(sums.reference, kStrip, t.width, columns, kStrip);
@@ -87,8 +90,7 @@ FASTXM_INLINE T positive_gradient(T s, const T* terms, std::int64_t stride, T sm
   return terms[stride] * (probability(s - terms[0]) - 1 + smoothing) - terms[2 * stride];
 }
 
-// in out: 0 for what labels leave out, and the gradients of the positives, whose logits are s or
-// (0) in the tile
+// in out: 0 for what labels leave out, and the gradients of the positives, whose logits are s
 template <class T>
 FASTXM_INLINE void labels_and_positives_of(const Tile<T>& t, const Terms<T>& terms, const T* s,
                                            T* out, std::int64_t stride) {
@@ -101,10 +103,9 @@ FASTXM_INLINE void labels_and_positives_of(const Tile<T>& t, const Terms<T>& ter
     }
     std::int64_t at = t.target + i;
     if (at < 0 || at >= t.width) continue;
-    const T logit = s ? s[i] : t.s[i * kStrip + at];
-    T value = positive_gradient(logit, terms.rows + i, terms.row_stride, terms.smoothing);
+    T value = positive_gradient(s[i], terms.rows + i, terms.row_stride, terms.smoothing);
     if (terms.columns)
-      value += positive_gradient(logit, terms.columns + at, terms.column_stride, terms.smoothing);
+      value += positive_gradient(s[i], terms.columns + at, terms.column_stride, terms.smoothing);
     to[at] = value * (t.row_factor[i] * t.column_factor[at]);
   }
 }
@@ -127,35 +128,27 @@ FASTXM_INLINE T middle_of(const Tile<T>& t, const Terms<T>& terms) {
 template <class T>
 FASTXM_INLINE void bwd_tile_of(const Tile<T>& t, const Terms<T>& terms, T* out,
                                std::int64_t stride) {
-  T unused[kTallest], top[kStrip], middle = middle_of(t, terms);
-  scale_tile(t, unused, top);
+  const T middle = middle_of(t, terms);
+  T positives[kTallest];
+  positives_of(t, positives);
   if (middle == middle) {
     Shares<T> shares;
     shares_of(t, terms, middle, true, shares);
     shared_gradient(t, terms.rows, shares, static_cast<const T*>(nullptr), out, stride);
   } else {
+    T unused[kTallest], top[kStrip];
+    scale_tile(t, unused, top);
     own_gradient_of(t, terms, out, stride);
   }
-  labels_and_positives_of(t, terms, static_cast<const T*>(nullptr), out, stride);
+  labels_and_positives_of(t, terms, positives, out, stride);
 }
 
-// what the forward keeps of a tile, made again, but of exp(s - log-sum-exp of the row)
-template <class E>
-FASTXM_INLINE void remake_tile_of(const Tile<float>& t, const Terms<float>& terms, Kept<E>& kept) {
-  float unused[kTallest], top[kStrip];
-  kept.reference = middle_of(t, terms);
-  if (kept.reference != kept.reference) return;
-  scale_tile(t, unused, top);
-  exponentials(t, References<float>(terms.rows, t.rows), kept.e);
-  keep_positives(t, kept);
-}
-
-// the same from what is kept of the tile, or remade
+// the same from what is kept of the tile
 template <class E>
 FASTXM_INLINE void kept_tile_of(const Tile<float>& t, const Terms<float>& terms,
-                                const Kept<E>& kept, bool remade, float* out, std::int64_t stride) {
+                                const Kept<E>& kept, float* out, std::int64_t stride) {
   Shares<float> shares;
-  shares_of(t, terms, kept.reference, remade, shares);
+  shares_of(t, terms, kept.reference, false, shares);
   shared_gradient(t, static_cast<const float*>(nullptr), shares, kept.e, out, stride);
   labels_and_positives_of(t, terms, kept.positives, out, stride);
 }

@@ -1,10 +1,10 @@
 """InfoNCE on a CPU by the tile kernels of fastxm._C: one native call forward, and one backward.
 
 Forward: the products of a tile of 24 x 256 logits (32 of bfloat16), and its sums while it is in the
-first level of the cache. Backward: what the forward kept of each tile, exp(s - reference) in the
-dtype of the rows, or the same made again of some rows; from it gradients of the logits, tile by
-tile where their products with y and x take them. Where there is no such kernel for the dtype,
-`info_nce_blocks` does it.
+first level of the cache. Backward: gradients of the logits, tile by tile where their products with
+x and y take them, from what the forward kept of each tile, exp(s - reference) in the dtype of the
+rows; where nothing was kept, they are made once, for the product with x, and those of some rows are
+left for that with y. Where there is no such kernel for the dtype, `info_nce_blocks` does it.
 """
 
 import torch
@@ -18,7 +18,7 @@ from fastxm.ops.info_nce_sums import Forward, candidates
 
 __all__ = ["bwd", "finish", "fwd", "gradients", "rnorms", "sums"]
 
-WORKSPACE = 24 << 20  # bytes that sums of rows, or exponentials, may take
+WORKSPACE = 24 << 20  # bytes that sums of rows, or gradients of logits, may take
 COLUMNS, *KEPT = _C.info_nce_kept_cpu()  # of a tile; its rows and bytes, float32 and bfloat16
 
 

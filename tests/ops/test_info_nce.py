@@ -65,7 +65,8 @@ def test_forward(shape, options, dtype, device):
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_backward(shape, options, dtype, device):
     ours, plain = (gradient(bind(f, options, shape[1], device)) for f in (info_nce, formula))
-    no_worse(ours, plain, *inputs(*shape, device, dtype))
+    few = 3.0 if shape[0] < 30 else 2.0  # a few numbers can be right by luck
+    no_worse(ours, plain, *inputs(*shape, device, dtype), factor=few)
 
 
 @pytest.mark.usefixtures("_blocks")
